@@ -1,0 +1,111 @@
+"""Anonymous shared memory: a sealed memfd, mapped once."""
+
+import ctypes
+import errno
+import fcntl
+import mmap
+import os
+from collections.abc import Iterator
+
+import numpy as np
+import numpy.typing as npt
+
+from dirtylog.errors import ClosedError, HostError, UsageError
+from dirtylog.linux.ioctl import kernel_error
+from dirtylog.units import PAGE_SIZE, format_size
+
+_MADV_POPULATE_WRITE = 23  # Linux 5.14, include/uapi/asm-generic/mman-common.h
+_FALLOC_FL_KEEP_SIZE = 1
+_FALLOC_FL_PUNCH_HOLE = 2
+_F_ADD_SEALS = 1033
+_F_SEAL_SHRINK = 2
+_F_SEAL_GROW = 4
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+_libc.madvise.restype = ctypes.c_int
+_libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_longlong, ctypes.c_longlong)
+_libc.fallocate.restype = ctypes.c_int
+
+
+def _check(call: str, result: int) -> None:
+    if result == -1:
+        code = ctypes.get_errno()
+        raise kernel_error(call, OSError(code, os.strerror(code)))
+
+
+class MemfdMapping:
+    """A memfd of fixed size and its one shared mapping, both owned here.
+
+    The file is sealed against growing and shrinking, so that nobody who is handed the descriptor can turn a later
+    access into a SIGBUS. ``close`` gives up the descriptor and the reference to the mapping; the pages go when the
+    last array or memoryview over them does, so an address in use never dangles.
+
+    Attributes:
+        fd: the memfd.
+        size: bytes, a whole number of pages.
+        array: the memory as uint8, shape (size,).
+        address: where it is mapped in this process.
+    """
+
+    def __init__(self, name: str, size: int) -> None:
+        if size <= 0 or size % PAGE_SIZE:
+            raise UsageError(f"memory of {size} bytes is not a positive whole number of {PAGE_SIZE}-byte pages")
+        self.size = size
+        try:
+            self.fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        except OSError as error:
+            raise kernel_error("memfd_create", error) from error
+        try:
+            os.ftruncate(self.fd, size)
+            fcntl.fcntl(self.fd, _F_ADD_SEALS, _F_SEAL_SHRINK | _F_SEAL_GROW)
+            mapping = mmap.mmap(self.fd, size, flags=mmap.MAP_SHARED)
+        except (OSError, OverflowError, ValueError) as error:
+            self.close()
+            raise HostError(
+                f"the host cannot map {format_size(size)} of memory ({error})",
+                remedy="ask for less, or raise the limits shown by 'ulimit -v' and /proc/sys/vm/overcommit_memory",
+            ) from error
+        self._array: npt.NDArray[np.uint8] | None = np.frombuffer(mapping, np.uint8)
+        self.address = int(self._array.ctypes.data)
+
+    @property
+    def array(self) -> npt.NDArray[np.uint8]:
+        """The memory as uint8, shape (size,)."""
+        if self._array is None:
+            raise ClosedError("this memory was closed")
+        return self._array
+
+    def close(self) -> None:
+        """Give up the descriptor and the mapping; idempotent."""
+        self._array = None
+        fd, self.fd = self.fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    def extents(self, start: int, end: int) -> Iterator[tuple[int, int]]:
+        """The parts of [start, end) that hold data, as (start, end); the rest are holes, which read as zeros.
+
+        Reading a hole through the mapping would allocate it, so those who look for data ask here first.
+        """
+        while start < end:
+            try:
+                data = os.lseek(self.fd, start, os.SEEK_DATA)
+            except OSError as error:
+                if error.errno == errno.ENXIO:  # no data from here to the end of the file
+                    return
+                raise kernel_error("lseek SEEK_DATA", error) from error
+            if data >= end:
+                return
+            hole = min(os.lseek(self.fd, data, os.SEEK_HOLE), end)
+            yield data, hole
+            start = hole
+
+    def populate(self, start: int, size: int) -> None:
+        """Allocate and map [start, start + size) now, so that later writes take no page fault."""
+        _check("madvise MADV_POPULATE_WRITE", _libc.madvise(self.address + start, size, _MADV_POPULATE_WRITE))
+
+    def punch(self, start: int, size: int) -> None:
+        """Turn [start, start + size) into a hole: it reads as zeros and takes no memory."""
+        flags = _FALLOC_FL_PUNCH_HOLE | _FALLOC_FL_KEEP_SIZE
+        _check("fallocate FALLOC_FL_PUNCH_HOLE", _libc.fallocate(self.fd, flags, start, size))
