@@ -1,0 +1,41 @@
+"""Host memory that backs guest RAM."""
+
+import numpy as np
+import numpy.typing as npt
+
+from dirtylog.linux.mapping import MemfdMapping
+from dirtylog.memory.dirty import DirtyMemory
+from dirtylog.units import PAGE_SIZE
+
+
+class RAMBlock:
+    """A named piece of host memory, a memfd mapping, with its dirty bitmaps.
+
+    Attributes:
+        name: unique in its `Memory`; how both sides of a migration know the block.
+        size: bytes.
+        pages: pages of `PAGE_SIZE`.
+        mapping: the memory itself.
+        dirty: what was written, per client.
+    """
+
+    def __init__(self, name: str, size: int) -> None:
+        self.name = name
+        self.size = size
+        self.pages = size // PAGE_SIZE
+        self.mapping = MemfdMapping(f"dirtylog-{name}", size)
+        self.dirty = DirtyMemory(self.pages)
+
+    @property
+    def array(self) -> npt.NDArray[np.uint8]:
+        """The bytes, shape (size,)."""
+        return self.mapping.array
+
+    @property
+    def page_words(self) -> npt.NDArray[np.uint64]:
+        """The memory as 64-bit words, a row a page: shape (pages, 512)."""
+        return self.mapping.array.view(np.uint64).reshape(self.pages, PAGE_SIZE // 8)
+
+    def close(self) -> None:
+        """Give up the memory; idempotent."""
+        self.mapping.close()
