@@ -1,0 +1,16 @@
+"""How Linux tells which pages were written: one module per mechanism, and one listener that adapts any of them."""
+
+from dirtylog.trackers.kvm_log import KVMLogMode, KVMLogTracker
+from dirtylog.trackers.listener import SplitTrackerListener, TrackerListener, tracker_listener
+from dirtylog.trackers.tracker import ClearWindow, Tracker, clear_window
+
+__all__ = [
+    "ClearWindow",
+    "KVMLogMode",
+    "KVMLogTracker",
+    "SplitTrackerListener",
+    "Tracker",
+    "TrackerListener",
+    "clear_window",
+    "tracker_listener",
+]

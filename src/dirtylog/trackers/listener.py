@@ -1,0 +1,141 @@
+"""Any tracker as a memory listener: keeps what was collected, so that only that is ever cleared.
+
+A tracker's clear must never name a page that its last collect did not report: that page may have been written after
+the collect, the clear would protect it again, and the write would be known to nobody. So each range has a cached
+bitmap, the pages collected and not yet cleared. A clear passes on the bits that are 1 in the cache and lie in the
+asked range, with the rest of the first and last word masked out, and then zeroes them in the cache: were they kept,
+a second clear of the range would name pages again that may have been written since the first.
+
+Pages that are collected but never cleared are reported again by every collect, and sent twice at worst.
+"""
+
+import threading
+from collections.abc import Callable
+
+import numpy as np
+
+from dirtylog.memory import Client, MemoryListener, MemoryRegionSection, PageBitmap
+from dirtylog.trackers.tracker import Tracker, clear_window
+from dirtylog.units import PAGE_SIZE, page_span
+
+Attach = Callable[[MemoryRegionSection], Tracker | None]
+"""Makes a section's memory accessible to whoever writes it, and gives its tracker; None for what is not tracked."""
+Detach = Callable[[Tracker], None]
+"""The reverse; the tracker is disarmed already."""
+
+
+class _Range:
+    """One tracked section: its tracker, the pages collected and not cleared yet, and whether it is armed."""
+
+    def __init__(self, section: MemoryRegionSection, tracker: Tracker) -> None:
+        self.region = section.region
+        self.first = section.offset_within_region // PAGE_SIZE
+        self.tracker = tracker
+        self.collected = PageBitmap(tracker.pages)
+        self.armed = False
+
+    def arm(self) -> None:
+        if not self.armed:
+            self.tracker.arm()
+            self.collected.clear()
+            self.armed = True
+
+    def disarm(self) -> None:
+        if self.armed:
+            self.armed = False
+            self.tracker.disarm()
+
+    def sync(self) -> None:
+        if self.armed:
+            words = np.zeros_like(self.collected.words)
+            self.tracker.collect(words)
+            fresh = PageBitmap(self.collected.pages, words)  # masks the tail
+            self.collected.merge(fresh.words)
+            self.region.merge_dirty(fresh.words, self.first, fresh.pages)
+
+    def clear(self, first: int, count: int) -> None:
+        """Clear a range of the region's pages, as far as it lies here."""
+        start = max(first - self.first, 0)
+        end = min(first + count - self.first, self.collected.pages)
+        if not self.armed or start >= end:
+            return
+        window = clear_window(self.collected.pages, start, end - start)
+        wanted = PageBitmap(window.length)
+        wanted.merge(self.collected.extract(start, end - start), window.skip, end - start)
+        self.tracker.clear(window.first, window.length, wanted.words)
+        self.collected.clear(start, end - start)
+
+
+class TrackerListener(MemoryListener):
+    """Gives each section a tracker and merges what it collects. Offers only `log_sync`: for trackers that clear then.
+
+    Its lock covers each tracker call together with the cache and the merge, so that a clear never comes between a
+    collect and its bookkeeping.
+    """
+
+    priority = 10
+
+    def __init__(self, attach: Attach, detach: Detach) -> None:
+        self._attach = attach
+        self._detach = detach
+        self._lock = threading.Lock()
+        self._ranges: dict[int, _Range] = {}
+
+    def region_add(self, section: MemoryRegionSection) -> None:
+        """Attach a tracker, armed if the region is logged already."""
+        tracker = self._attach(section)
+        if tracker is None:
+            return
+        with self._lock:
+            added = self._ranges[section.offset_within_address_space] = _Range(section, tracker)
+            if section.region.logging:
+                added.arm()
+
+    def region_del(self, section: MemoryRegionSection) -> None:
+        """Collect for the last time (rule 6), then detach."""
+        with self._lock:
+            gone = self._ranges.pop(section.offset_within_address_space, None)
+            if gone is None:
+                return
+            gone.sync()
+            gone.disarm()
+            self._detach(gone.tracker)
+
+    def log_start(self, section: MemoryRegionSection, old: Client, new: Client) -> None:
+        """Arm, if nobody logged before."""
+        del old, new
+        self._with(section, _Range.arm)
+
+    def log_stop(self, section: MemoryRegionSection, old: Client, new: Client) -> None:
+        """Disarm, if nobody logs any more."""
+        del old
+        if not new:
+            self._with(section, _Range.disarm)
+
+    def log_sync(self, section: MemoryRegionSection) -> None:
+        """Collect a whole tracked range, and merge it."""
+        self._with(section, _Range.sync)
+
+    def _with(self, section: MemoryRegionSection, action: Callable[[_Range], None]) -> None:
+        with self._lock:
+            tracked = self._ranges.get(section.offset_within_address_space)
+            if tracked is not None:
+                action(tracked)
+
+
+class SplitTrackerListener(TrackerListener):
+    """For trackers whose collect leaves pages unprotected until they are cleared."""
+
+    def log_clear(self, section: MemoryRegionSection) -> None:
+        """Clear those pages of a section that were collected."""
+        first, count = page_span(section.offset_within_region, section.size)
+        address = section.offset_within_address_space
+        with self._lock:
+            for start, tracked in self._ranges.items():
+                if start < address + section.size and address < start + tracked.collected.pages * PAGE_SIZE:
+                    tracked.clear(first, count)
+
+
+def tracker_listener(attach: Attach, detach: Detach, *, clears_on_collect: bool) -> TrackerListener:
+    """The listener that suits a mechanism."""
+    return (TrackerListener if clears_on_collect else SplitTrackerListener)(attach, detach)
