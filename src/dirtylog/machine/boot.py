@@ -1,0 +1,95 @@
+"""Ways to start a guest from an image."""
+
+from enum import Enum
+from typing import Final
+
+from dirtylog.errors import UsageError
+from dirtylog.linux.kvm_abi import Segment
+from dirtylog.machine.kvm.machine import KVMMachine
+from dirtylog.units import format_size
+
+BOOT_SECTOR_ADDRESS: Final = 0x7C00
+BOOT_SECTOR_SIZE: Final = 512
+_SIGNATURE: Final = b"\x55\xaa"
+_FIRST_HARD_DISK: Final = 0x80
+_PROTECTED_MODE: Final = 1
+_RESERVED_FLAG: Final = 2
+
+
+class BootMode(Enum):
+    """The processor's mode at the entry of a flat image."""
+
+    REAL = "real"
+    PROTECTED = "protected"
+
+
+def boot_sector(machine: KVMMachine, image: bytes) -> None:
+    """Start as a PC BIOS starts a disk: its first sector at 0x7c00, in real mode, DL naming the disk.
+
+    There is no BIOS to call. The stack grows down from the sector.
+
+    Raises:
+        UsageError: the image is empty, larger than memory, or its first sector is not a boot sector.
+    """
+    _check_fits(machine, image, 0)
+    if len(image) < BOOT_SECTOR_SIZE or image[BOOT_SECTOR_SIZE - 2 : BOOT_SECTOR_SIZE] != _SIGNATURE:
+        raise UsageError(
+            "the image is not a boot sector: its first 512 bytes do not end in 55 aa",
+            remedy="give a flat image's load address with --load-address",
+        )
+    machine.system.write(BOOT_SECTOR_ADDRESS, image[:BOOT_SECTOR_SIZE])
+    _start_at(machine, BOOT_SECTOR_ADDRESS, BootMode.REAL)
+
+
+def boot_flat(machine: KVMMachine, image: bytes, address: int, *, entry: int | None = None, mode: BootMode) -> None:
+    """Start a flat image at ``entry``, its load address if None.
+
+    In real mode the code segment is 0 below 64 KiB, else the one in which the entry has offset 0 to 15. In protected
+    mode segments are flat and 32 bits wide, paging is off, and there is no descriptor table yet.
+
+    Raises:
+        UsageError: the image is empty or does not fit in memory at that address, or the mode cannot reach the entry.
+    """
+    _check_fits(machine, image, address)
+    entry = address if entry is None else entry
+    if not 0 <= entry < (1 << 20 if mode is BootMode.REAL else 1 << 32):
+        raise UsageError(f"the entry {entry:#x} cannot be reached in {mode.value} mode")
+    machine.system.write(address, image)
+    _start_at(machine, entry, mode)
+
+
+def _check_fits(machine: KVMMachine, image: bytes, address: int) -> None:
+    if not image:
+        raise UsageError("the image is empty")
+    low = machine.system.view.ranges[0]
+    if address < 0 or address + len(image) > low.end:
+        raise UsageError(
+            f"the image of {format_size(len(image))} does not fit in {format_size(low.size)} of memory at {address:#x}",
+            remedy="give the machine more with --memory",
+        )
+
+
+def _start_at(machine: KVMMachine, entry: int, mode: BootMode) -> None:
+    cpu = machine.boot_cpu
+    sregs, regs = cpu.get_sregs(), cpu.get_regs()
+    if mode is BootMode.REAL:
+        paragraph = 0 if entry < 1 << 16 else entry >> 4
+        sregs.cs.selector, sregs.cs.base = paragraph, paragraph << 4
+        regs.rip = entry - (paragraph << 4)
+    else:
+        sregs.cr0 |= _PROTECTED_MODE
+        for segment in (sregs.ds, sregs.es, sregs.fs, sregs.gs, sregs.ss):
+            _make_flat(segment, selector=0x10, code=False)
+        _make_flat(sregs.cs, selector=0x08, code=True)
+        regs.rip = entry
+    regs.rflags = _RESERVED_FLAG
+    regs.rdx = _FIRST_HARD_DISK
+    regs.rsp = BOOT_SECTOR_ADDRESS
+    cpu.set_sregs(sregs)
+    cpu.set_regs(regs)
+
+
+def _make_flat(segment: Segment, *, selector: int, code: bool) -> None:
+    segment.base, segment.limit, segment.selector = 0, 0xFFFF_FFFF, selector
+    segment.type = 0xB if code else 0x3  # accessed, and executable and readable, or writable
+    segment.present, segment.dpl, segment.db, segment.s, segment.l, segment.g = 1, 0, 1, 1, 0, 1

@@ -1,0 +1,128 @@
+"""A thread that runs one vCPU, and can be stopped within a bound."""
+
+import signal
+import threading
+from collections.abc import Callable
+from enum import Enum, auto
+from typing import Final
+
+from dirtylog.errors import DirtylogError, HostError
+from dirtylog.linux.kvm import KICK_SIGNAL, VCPU
+from dirtylog.linux.kvm_abi import ExitReason
+
+PARK_TIMEOUT: Final = 5.0
+"""Seconds until a vCPU that does not stop is reported. It takes microseconds; the rest is for a starved host."""
+
+
+class _Wish(Enum):
+    PARK = auto()
+    RUN = auto()
+    QUIT = auto()
+
+
+class VCPUThread:
+    """Owns a vCPU and the thread that runs it. It starts parked.
+
+    To stop, the kernel is told twice, since either alone has a gap: ``immediate_exit`` is seen by a KVM_RUN that has
+    not begun, a signal by one that has. The thread parks only after a KVM_RUN that returned for this, because KVM
+    completes the last exit's I/O at the start of the next KVM_RUN: before that, registers are half-way.
+
+    Args:
+        vcpu: closed with the thread.
+        name: of the thread.
+        serve: does what the guest asked for at an exit. A DirtylogError that it raises ends the guest.
+        ended: told when `serve` or KVM failed, in the vCPU's thread, which is parked then.
+    """
+
+    def __init__(
+        self,
+        vcpu: VCPU,
+        name: str,
+        serve: Callable[[VCPU, int], None],
+        ended: Callable[[DirtylogError], None],
+    ) -> None:
+        self.vcpu = vcpu
+        self._serve = serve
+        self._ended = ended
+        self._changed = threading.Condition()
+        self._wish = _Wish.PARK
+        self._parked = True
+        self._thread = threading.Thread(target=self._main, name=name, daemon=True)
+        self._thread.start()
+
+    def run(self) -> None:
+        """Let the vCPU run."""
+        with self._changed:
+            self._wish = _Wish.RUN
+            self._changed.notify_all()
+
+    def request_park(self) -> None:
+        """Ask the vCPU to stop; `wait_parked` waits until it has. Ask all first, then wait for each."""
+        self._request(_Wish.PARK)
+
+    def wait_parked(self) -> None:
+        """Wait until the vCPU stands still.
+
+        Raises:
+            HostError: it did not within `PARK_TIMEOUT`.
+        """
+        if self._thread is threading.current_thread():
+            return
+        with self._changed:
+            if not self._changed.wait_for(lambda: self._parked, PARK_TIMEOUT):
+                raise HostError(
+                    f"{self._thread.name} did not stop within {PARK_TIMEOUT:.0f} s",
+                    remedy="the host is overloaded, or a device model blocks",
+                )
+
+    def close(self) -> None:
+        """Stop, end the thread, close the vCPU; idempotent. Not to be called by a vCPU's thread."""
+        self._request(_Wish.QUIT)
+        self._thread.join(PARK_TIMEOUT)
+        if self._thread.is_alive():
+            raise HostError(f"{self._thread.name} did not end within {PARK_TIMEOUT:.0f} s")
+        self.vcpu.close()
+
+    def _request(self, wish: _Wish) -> None:
+        with self._changed:
+            self._wish = wish
+            self._changed.notify_all()
+            if not self._parked and self._thread.ident is not None:
+                self.vcpu.request_exit(True)
+                signal.pthread_kill(self._thread.ident, KICK_SIGNAL)
+
+    def _main(self) -> None:
+        signal.pthread_sigmask(signal.SIG_BLOCK, (KICK_SIGNAL,))
+        self.vcpu.let_kick_through()
+        while self._wait_to_run():
+            try:
+                self._run_until_kicked()
+            except DirtylogError as error:
+                with self._changed:
+                    self._wish = _Wish.PARK
+                    self._set_parked()
+                self._ended(error)
+
+    def _run_until_kicked(self) -> None:
+        while True:
+            reason = self.vcpu.run()
+            if reason != ExitReason.INTR:
+                self._serve(self.vcpu, reason)
+                continue
+            signal.sigtimedwait((KICK_SIGNAL,), 0)
+            if self._wish is not _Wish.RUN:
+                return
+
+    def _wait_to_run(self) -> bool:
+        with self._changed:
+            self._set_parked()
+            self._changed.wait_for(lambda: self._wish is not _Wish.PARK)
+            if self._wish is _Wish.QUIT:
+                return False
+            self.vcpu.request_exit(False)
+            self._parked = False
+            return True
+
+    def _set_parked(self) -> None:
+        self._parked = True
+        self._changed.notify_all()

@@ -1,0 +1,120 @@
+"""The contract of machines: a memory, something that writes it and can be stopped, and state that can be moved."""
+
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from enum import Enum
+
+from dirtylog.errors import DirtylogError, UsageError
+from dirtylog.memory import Memory
+
+MachineState = dict[str, dict[str, bytes]]
+"""Everything but memory: part of the machine (``cpu0``, ``serial0``) → name → bytes."""
+
+
+class RunState(Enum):
+    """What a machine is doing, in QEMU's words."""
+
+    PRELAUNCH = "prelaunch"
+    RUNNING = "running"
+    PAUSED = "paused"
+    INMIGRATE = "inmigrate"
+    FINISH_MIGRATE = "finish-migrate"
+    POSTMIGRATE = "postmigrate"
+    SHUTDOWN = "shutdown"
+    INTERNAL_ERROR = "internal-error"
+
+
+ENDED = frozenset({RunState.SHUTDOWN, RunState.INTERNAL_ERROR})
+"""States that a machine does not leave."""
+
+StateObserver = Callable[[RunState, RunState], None]
+"""Told the old and the new state, in the thread that changed it."""
+
+
+class Machine(ABC):
+    """Runs and stops as a whole. Its methods may be called from any thread but its own vCPUs'.
+
+    Attributes:
+        memory: what it writes.
+        observers: told of each change of state.
+        failure: why it ended, once its state is one of `ENDED`.
+    """
+
+    kind: str
+    """Names the type and layout; a machine's state can be loaded by those of the same kind only."""
+
+    def __init__(self, memory: Memory) -> None:
+        self.memory = memory
+        self.observers: list[StateObserver] = []
+        self.failure: DirtylogError | None = None
+        self._state = RunState.PRELAUNCH
+        self._state_lock = threading.RLock()
+
+    @property
+    def state(self) -> RunState:
+        """What it is doing."""
+        return self._state
+
+    def resume(self) -> None:
+        """Run; nothing to do if it does.
+
+        Raises:
+            UsageError: it has ended.
+        """
+        with self._state_lock:
+            if self._state in ENDED:
+                raise UsageError(
+                    f"the machine has ended ({self._state.value}) and cannot run", remedy="start a new one"
+                )
+            if self._state is not RunState.RUNNING:
+                self._enter(RunState.RUNNING)
+                self._run()
+
+    def pause(self, state: RunState = RunState.PAUSED) -> None:
+        """Stop, and call it ``state``. When this returns nothing writes memory any more. Nothing to do if it ended."""
+        with self._state_lock:
+            if self._state in ENDED:
+                return
+            if self._state is RunState.RUNNING:
+                self._stop()
+            if self._state not in ENDED:  # it may have ended by itself meanwhile
+                self._enter(state)
+
+    def _end(self, state: RunState, failure: DirtylogError) -> None:
+        """For implementations: the guest ended by itself."""
+        with self._state_lock:
+            if self._state not in ENDED:
+                self.failure = failure
+                self._enter(state)
+
+    def _enter(self, state: RunState) -> None:
+        old, self._state = self._state, state
+        if old is not state:
+            for observer in tuple(self.observers):
+                observer(old, state)
+
+    @abstractmethod
+    def _run(self) -> None:
+        """Let the writers go."""
+
+    @abstractmethod
+    def _stop(self) -> None:
+        """Stop the writers; they stand still when this returns."""
+
+    @abstractmethod
+    def save_state(self) -> MachineState:
+        """Everything but memory, of a machine that stands still."""
+
+    @abstractmethod
+    def load_state(self, state: MachineState) -> None:
+        """The reverse of `save_state`, on a machine that never ran.
+
+        Raises:
+            UsageError: the state is not one of this kind of machine.
+            HostError: this host cannot take it.
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """Stop and give everything up but the memory, which its owner closes; idempotent."""
