@@ -12,6 +12,7 @@
     │   ├── ProtocolError    ... broke the protocol
     │   ├── RefusedError     ... refused, and said why
     │   └── DisconnectedError  ... went away
+    │       └── InDoubtError     ... and may run the guest or not
     └── CancelledError       somebody cancelled the operation
 
 Every error is one sentence, without its final full stop, that names the cause; where a remedy is known it is kept
@@ -77,6 +78,10 @@ class RefusedError(PeerError):
 
 class DisconnectedError(PeerError):
     """The connection ended before its work was done, or was never made."""
+
+
+class InDoubtError(DisconnectedError):
+    """The connection ended after the guest was handed over, before the destination confirmed that it runs it."""
 
 
 class CancelledError(DirtylogError):

@@ -7,6 +7,8 @@ from dirtylog.errors import UsageError
 
 PAGE_SIZE: Final = 4096
 PAGE_SHIFT: Final = 12
+HUGE_PAGE_SIZE: Final = 1 << 21
+"""What one entry of an x86 page directory maps."""
 WORD_BITS: Final = 64
 """Dirty bitmaps are 64-bit words, as KVM's are; many interfaces want ranges of whole words."""
 
@@ -34,9 +36,9 @@ def align_up(value: int, alignment: int) -> int:
 
 
 def page_span(offset: int, size: int) -> tuple[int, int]:
-    """The first page of a byte range and how many pages it touches; a partial page counts whole."""
+    """The first page of a byte range and how many pages it touches: partial pages count whole, no bytes touch none."""
     first = offset // PAGE_SIZE
-    return first, -(-(offset + size) // PAGE_SIZE) - first
+    return first, -(-(offset + size) // PAGE_SIZE) - first if size else 0
 
 
 def word_count(pages: int) -> int:

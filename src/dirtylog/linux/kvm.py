@@ -189,22 +189,32 @@ class VM(_Handle):
 
 
 class VCPU(_Handle):
-    """A virtual CPU and the run structure shared with the kernel.
-
-    Attributes:
-        exit: the head of struct kvm_run; valid after `run` returned.
-    """
+    """A virtual CPU and the run structure shared with the kernel."""
 
     def __init__(self, fd: int, run_size: int, xsave_size: int) -> None:
         super().__init__(fd)
+        self._shared = memoryview(b"")
+        self._exit: abi.Run | None = None
         try:
             shared = mmap.mmap(fd, run_size, flags=mmap.MAP_SHARED)
         except OSError as error:
             self.close()
             raise kernel_error("mmap of a vCPU", error) from error
         self._shared = memoryview(shared)
-        self.exit = abi.Run.from_buffer(shared)
+        self._exit = abi.Run.from_buffer(shared)
         self._xsave_size = max(xsave_size, abi.LEGACY_XSAVE_SIZE)
+
+    @property
+    def exit(self) -> abi.Run:
+        """The head of struct kvm_run; valid after `run` returned."""
+        if self._exit is None:
+            raise ClosedError("this vCPU was closed")
+        return self._exit
+
+    def close(self) -> None:
+        """Close the descriptor, and the mapping, which holds a duplicate of it; idempotent."""
+        self._shared, self._exit = memoryview(b""), None
+        super().close()
 
     def run(self) -> int:
         """Run the guest until it needs something; the exit reason, `ExitReason.INTR` if kicked.

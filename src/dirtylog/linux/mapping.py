@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from dirtylog.errors import ClosedError, HostError, UsageError
 from dirtylog.linux.ioctl import kernel_error
-from dirtylog.units import PAGE_SIZE, format_size
+from dirtylog.units import HUGE_PAGE_SIZE, PAGE_SIZE, format_size
 
 _MADV_POPULATE_WRITE = 23  # Linux 5.14, include/uapi/asm-generic/mman-common.h
 _FALLOC_FL_KEEP_SIZE = 1
@@ -21,11 +21,40 @@ _F_ADD_SEALS = 1033
 _F_SEAL_SHRINK = 2
 _F_SEAL_GROW = 4
 
+_MADV_COLLAPSE = 25  # Linux 6.1
+_MAP_FIXED = 0x10
+_MAP_NORESERVE = 0x4000
+
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 _libc.madvise.restype = ctypes.c_int
+_libc.mmap.argtypes = (
+    ctypes.c_void_p,
+    ctypes.c_size_t,
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_longlong,
+)
+_libc.mmap.restype = ctypes.c_void_p
 _libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_longlong, ctypes.c_longlong)
 _libc.fallocate.restype = ctypes.c_int
+
+
+def _map_aligned(fd: int, size: int) -> memoryview:
+    """Map a file at an address that is a multiple of `HUGE_PAGE_SIZE`.
+
+    Python's mmap takes no address. It reserves room that is surely large enough; the file is mapped over the aligned
+    part, and goes with the reservation, which the memoryview keeps.
+    """
+    room = mmap.mmap(-1, size + HUGE_PAGE_SIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE)
+    start = np.frombuffer(room, np.uint8).ctypes.data
+    skip = -start % HUGE_PAGE_SIZE
+    mapped = _libc.mmap(start + skip, size, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_SHARED | _MAP_FIXED, fd, 0)
+    if mapped != start + skip:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))
+    return memoryview(room)[skip : skip + size]
 
 
 def _check(call: str, result: int) -> None:
@@ -41,10 +70,13 @@ class MemfdMapping:
     access into a SIGBUS. ``close`` gives up the descriptor and the reference to the mapping; the pages go when the
     last array or memoryview over them does, so an address in use never dangles.
 
+    The mapping starts on a huge page's boundary, which the kernel asks for before it puts huge pages there.
+
     Attributes:
         fd: the memfd.
         size: bytes, a whole number of pages.
         array: the memory as uint8, shape (size,).
+        memory: the same as a memoryview, for those who hand pieces of it to sockets and files.
         address: where it is mapped in this process.
     """
 
@@ -52,6 +84,7 @@ class MemfdMapping:
         if size <= 0 or size % PAGE_SIZE:
             raise UsageError(f"memory of {size} bytes is not a positive whole number of {PAGE_SIZE}-byte pages")
         self.size = size
+        self._has_huge_pages = True
         try:
             self.fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         except OSError as error:
@@ -59,26 +92,30 @@ class MemfdMapping:
         try:
             os.ftruncate(self.fd, size)
             fcntl.fcntl(self.fd, _F_ADD_SEALS, _F_SEAL_SHRINK | _F_SEAL_GROW)
-            mapping = mmap.mmap(self.fd, size, flags=mmap.MAP_SHARED)
+            self._memory: memoryview | None = _map_aligned(self.fd, size)
         except (OSError, OverflowError, ValueError) as error:
             self.close()
             raise HostError(
                 f"the host cannot map {format_size(size)} of memory ({error})",
                 remedy="ask for less, or raise the limits shown by 'ulimit -v' and /proc/sys/vm/overcommit_memory",
             ) from error
-        self._array: npt.NDArray[np.uint8] | None = np.frombuffer(mapping, np.uint8)
-        self.address = int(self._array.ctypes.data)
+        self.address = int(self.array.ctypes.data)
+
+    @property
+    def memory(self) -> memoryview:
+        """The memory as bytes."""
+        if self._memory is None:
+            raise ClosedError("this memory was closed")
+        return self._memory
 
     @property
     def array(self) -> npt.NDArray[np.uint8]:
         """The memory as uint8, shape (size,)."""
-        if self._array is None:
-            raise ClosedError("this memory was closed")
-        return self._array
+        return np.frombuffer(self.memory, np.uint8)
 
     def close(self) -> None:
         """Give up the descriptor and the mapping; idempotent."""
-        self._array = None
+        self._memory = None
         fd, self.fd = self.fd, -1
         if fd >= 0:
             os.close(fd)
@@ -104,6 +141,26 @@ class MemfdMapping:
     def populate(self, start: int, size: int) -> None:
         """Allocate and map [start, start + size) now, so that later writes take no page fault."""
         _check("madvise MADV_POPULATE_WRITE", _libc.madvise(self.address + start, size, _MADV_POPULATE_WRITE))
+
+    def make_huge(self, start: int) -> bool:
+        """Back the hole of `HUGE_PAGE_SIZE` bytes at ``start`` with a huge page, if the kernel has one.
+
+        For memory that is about to be filled: one fault and one clearing instead of 512, an order of magnitude faster.
+        The policy for shared memory (shmem_enabled) does not matter to MADV_COLLAPSE, but it does not look at a range
+        of which nothing is present: so one page is touched first.
+
+        Returns:
+            Whether there is a huge page now. If not, nothing is lost.
+        """
+        if not self._has_huge_pages or start + HUGE_PAGE_SIZE > self.size:
+            return False
+        self.array[start] = 0
+        if _libc.madvise(self.address + start, HUGE_PAGE_SIZE, _MADV_COLLAPSE) == 0:
+            return True
+        # EAGAIN and ENOMEM pass: no huge page is free now. Anything else will not get better: an old kernel, or one
+        # built without huge pages for shared memory.
+        self._has_huge_pages = ctypes.get_errno() in (errno.EAGAIN, errno.ENOMEM)
+        return False
 
     def punch(self, start: int, size: int) -> None:
         """Turn [start, start + size) into a hole: it reads as zeros and takes no memory."""

@@ -37,6 +37,7 @@ def boot_sector(machine: KVMMachine, image: bytes) -> None:
             "the image is not a boot sector: its first 512 bytes do not end in 55 aa",
             remedy="give a flat image's load address with --load-address",
         )
+    _check_fits(machine, image[:BOOT_SECTOR_SIZE], BOOT_SECTOR_ADDRESS)
     machine.system.write(BOOT_SECTOR_ADDRESS, image[:BOOT_SECTOR_SIZE])
     _start_at(machine, BOOT_SECTOR_ADDRESS, BootMode.REAL)
 

@@ -28,6 +28,9 @@ class RunState(Enum):
 ENDED = frozenset({RunState.SHUTDOWN, RunState.INTERNAL_ERROR})
 """States that a machine does not leave."""
 
+HELD = frozenset({RunState.INMIGRATE, RunState.FINISH_MIGRATE})
+"""States in which a migration holds the machine; nobody else can run or stop it."""
+
 StateObserver = Callable[[RunState, RunState], None]
 """Told the old and the new state, in the thread that changed it."""
 
@@ -36,7 +39,7 @@ class Machine(ABC):
     """Runs and stops as a whole. Its methods may be called from any thread but its own vCPUs'.
 
     Attributes:
-        memory: what it writes.
+        memory: what it writes; the machine's own, and closed with it.
         observers: told of each change of state.
         failure: why it ended, once its state is one of `ENDED`.
     """
@@ -60,26 +63,59 @@ class Machine(ABC):
         """Run; nothing to do if it does.
 
         Raises:
-            UsageError: it has ended.
+            UsageError: it has ended, or a migration holds it.
         """
         with self._state_lock:
+            self._check_free()
             if self._state in ENDED:
                 raise UsageError(
                     f"the machine has ended ({self._state.value}) and cannot run", remedy="start a new one"
                 )
-            if self._state is not RunState.RUNNING:
-                self._enter(RunState.RUNNING)
-                self._run()
+            self._go(RunState.RUNNING)
 
-    def pause(self, state: RunState = RunState.PAUSED) -> None:
-        """Stop, and call it ``state``. When this returns nothing writes memory any more. Nothing to do if it ended."""
+    def pause(self) -> None:
+        """Stop. When this returns, nothing writes memory any more. Nothing to do if it stands still.
+
+        Raises:
+            UsageError: a migration holds it.
+        """
         with self._state_lock:
-            if self._state in ENDED:
-                return
+            self._check_free()
             if self._state is RunState.RUNNING:
-                self._stop()
-            if self._state not in ENDED:  # it may have ended by itself meanwhile
-                self._enter(state)
+                self._go(RunState.PAUSED)
+
+    def hold(self, state: RunState) -> None:
+        """For a migration: stop, if it runs, and stay in a state of `HELD` until `release`.
+
+        Raises:
+            DirtylogError: the guest ended by itself.
+        """
+        with self._state_lock:
+            self._go(state)
+
+    def release(self, state: RunState) -> None:
+        """The reverse of `hold`: to running, paused or postmigrate. Nothing to do if it is not held."""
+        with self._state_lock:
+            if self._state in HELD:
+                self._go(state)
+
+    def _check_free(self) -> None:
+        if self._state in HELD:
+            raise UsageError(
+                f"the machine is in the hands of a migration ({self._state.value})",
+                remedy="wait for the migration to end, or cancel it",
+            )
+
+    def _go(self, state: RunState) -> None:
+        """Enter a state with the writers running or standing still as it says."""
+        if self._state is RunState.RUNNING and state is not RunState.RUNNING:
+            self._stop()
+        if self._state in ENDED:  # perhaps while it was being stopped
+            raise self.failure or UsageError(f"the machine has ended ({self._state.value})")
+        starts = state is RunState.RUNNING and self._state is not state
+        self._enter(state)
+        if starts:
+            self._run()
 
     def _end(self, state: RunState, failure: DirtylogError) -> None:
         """For implementations: the guest ended by itself."""
@@ -117,4 +153,4 @@ class Machine(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Stop and give everything up but the memory, which its owner closes; idempotent."""
+        """Stop, and give everything up; idempotent."""

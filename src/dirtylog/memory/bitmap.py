@@ -91,6 +91,10 @@ class PageBitmap:
         base = first // WORD_BITS * WORD_BITS
         return np.stack((starts + base, last - starts + 1), axis=1)
 
+    def indices(self, first: int = 0, count: int | None = None) -> npt.NDArray[np.int64]:
+        """The pages of a range whose bits are set, ascending."""
+        return _positions(self._masked(first, count)) + first // WORD_BITS * WORD_BITS
+
     def extract(self, first: int = 0, count: int | None = None) -> Words:
         """The bits of a range as new words whose bit 0 is page ``first``; zeros past the range."""
         count = self._count(first, count)

@@ -32,9 +32,14 @@ class RAMBlock:
         return self.mapping.array
 
     @property
+    def memory(self) -> memoryview:
+        """The bytes, for those who hand pieces of them to sockets and files."""
+        return self.mapping.memory
+
+    @property
     def page_words(self) -> npt.NDArray[np.uint64]:
         """The memory as 64-bit words, a row a page: shape (pages, 512)."""
-        return self.mapping.array.view(np.uint64).reshape(self.pages, PAGE_SIZE // 8)
+        return self.array.view(np.uint64).reshape(self.pages, PAGE_SIZE // 8)
 
     def close(self) -> None:
         """Give up the memory; idempotent."""

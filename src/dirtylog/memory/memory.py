@@ -159,8 +159,11 @@ class Memory:
         """Have a listener follow an address space, starting with all that is there now.
 
         Raises:
-            UsageError: it follows one already, or overrides both `log_sync` and `log_sync_global`.
+            UsageError: it follows one already, overrides both `log_sync` and `log_sync_global`, or the address space
+                belongs to another memory.
         """
+        if space.memory is not self:
+            raise UsageError(f"the address space {space.name!r} belongs to another memory")
         if offers(listener, "log_sync") and offers(listener, "log_sync_global"):
             raise UsageError(f"{type(listener).__name__} offers both log_sync and log_sync_global")
         with self._lock:
@@ -198,7 +201,12 @@ class Memory:
         """Log writes to all migratable RAM; each reason counts once.
 
         If a listener cannot, those told before it are told to stop, and its error is raised.
+
+        Raises:
+            UsageError: no reason was given.
         """
+        if not reason:
+            raise UsageError("memory cannot be logged without a reason")
         with self._lock:
             if not self.tracking:
                 started: list[MemoryListener] = []
@@ -218,6 +226,8 @@ class Memory:
         Raises:
             UsageError: that reason was not given.
         """
+        if not reason:
+            raise UsageError("logging cannot be stopped without a reason to take back")
         with self._lock:
             if reason & ~self.tracking:
                 raise UsageError(f"memory is not logged for {reason!r}")

@@ -35,13 +35,19 @@ class _Range:
         self.armed = False
 
     def arm(self) -> None:
-        if not self.armed:
+        if self.armed:
+            # Another client joins. Writes to pages collected before and not cleared yet go unnoticed, so that the
+            # next clear, made for a client that knows of those pages, would cost the new one its writes.
+            self._report(self.collected)
+        else:
             self.tracker.arm()
             self.collected.clear()
             self.armed = True
 
     def disarm(self) -> None:
         if self.armed:
+            if self.region.logging:  # it is the mapping or the listener that goes away
+                self.sync()
             self.armed = False
             self.tracker.disarm()
 
@@ -51,7 +57,10 @@ class _Range:
             self.tracker.collect(words)
             fresh = PageBitmap(self.collected.pages, words)  # masks the tail
             self.collected.merge(fresh.words)
-            self.region.merge_dirty(fresh.words, self.first, fresh.pages)
+            self._report(fresh)
+
+    def _report(self, found: PageBitmap) -> None:
+        self.region.merge_dirty(found.words, self.first, found.pages)
 
     def clear(self, first: int, count: int) -> None:
         """Clear a range of the region's pages, as far as it lies here."""
@@ -97,17 +106,16 @@ class TrackerListener(MemoryListener):
             gone = self._ranges.pop(section.offset_within_address_space, None)
             if gone is None:
                 return
-            gone.sync()
             gone.disarm()
             self._detach(gone.tracker)
 
     def log_start(self, section: MemoryRegionSection, old: Client, new: Client) -> None:
-        """Arm, if nobody logged before."""
+        """Arm, if nobody logged before; else tell those who join of what was collected and not cleared."""
         del old, new
         self._with(section, _Range.arm)
 
     def log_stop(self, section: MemoryRegionSection, old: Client, new: Client) -> None:
-        """Disarm, if nobody logs any more."""
+        """Disarm, after a last collect, if nobody logs any more."""
         del old
         if not new:
             self._with(section, _Range.disarm)

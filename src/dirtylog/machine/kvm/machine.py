@@ -1,6 +1,7 @@
 """A PC-like guest under KVM."""
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Final
 
 from dirtylog.errors import DirtylogError, GuestError, UsageError
@@ -67,11 +68,12 @@ class KVMMachine(Machine):
         if cpus < 1:
             raise UsageError(f"a machine of {cpus} vCPUs")
         self._cpus: list[VCPUThread] = []
-        self._kvm = KVM(device)
-        self._vm = self._kvm.create_vm()
-        try:
+        with ExitStack() as undo:
+            self._kvm = undo.enter_context(KVM(device))
+            self._vm = undo.enter_context(self._kvm.create_vm())
             memory, self.system = pc_memory(ram_size)
             super().__init__(memory)
+            undo.callback(self.close)
             self._ports = PortBus()
             self._devices: tuple[PortDevice, ...] = (Serial(transmit or _discard), Port92())
             for port_device in self._devices:
@@ -82,16 +84,14 @@ class KVMMachine(Machine):
             memory.register(self._slots, self.system)
             self._msr_indices = self._kvm.msr_indices()
             self._create_cpus(cpus)
-        except BaseException:
-            self.close()
-            raise
+            undo.pop_all()
 
     def _create_cpus(self, count: int) -> None:
         cpuid = self._kvm.supported_cpuid()
         for index in range(count):
-            vcpu = self._vm.create_vcpu(index)
-            vcpu.set_cpuid(cpuid)
-            self._cpus.append(VCPUThread(vcpu, f"vcpu{index}", self._serve, self._guest_ended))
+            cpu = VCPUThread(self._vm.create_vcpu(index), f"vcpu{index}", self._serve, self._guest_ended)
+            self._cpus.append(cpu)
+            cpu.vcpu.set_cpuid(cpuid)
 
     @property
     def boot_cpu(self) -> VCPU:
@@ -107,6 +107,10 @@ class KVMMachine(Machine):
             cpu.request_park()
         for cpu in self._cpus:
             cpu.wait_parked()
+        # A vCPU that failed meanwhile cannot say so itself before this thread lets the state lock go.
+        for cpu in self._cpus:
+            if cpu.failure is not None:
+                self._guest_ended(cpu.failure)
 
     def _serve(self, vcpu: VCPU, reason: int) -> None:
         if reason == ExitReason.IO:
@@ -121,11 +125,11 @@ class KVMMachine(Machine):
             raise GuestError(_describe(vcpu, reason), remedy="see the kernel's log for what KVM could not do")
 
     def _guest_ended(self, error: DirtylogError) -> None:
-        # The state lock is not taken here: whoever stops the machine holds it and waits for this very thread. The
-        # other vCPUs are asked to stop; waiting for them is left to the next pause or close.
-        for cpu in self._cpus:
-            cpu.request_park()
-        self._end(RunState.SHUTDOWN if isinstance(error, GuestError) else RunState.INTERNAL_ERROR, error)
+        # This vCPU counts as parked already: whoever holds the lock while waiting for all to park does not wait for it.
+        with self._state_lock:
+            for cpu in self._cpus:
+                cpu.request_park()
+            self._end(RunState.SHUTDOWN if isinstance(error, GuestError) else RunState.INTERNAL_ERROR, error)
 
     def save_state(self) -> MachineState:
         """Registers of vCPUs, interrupt controllers, timer, clock, devices."""
@@ -149,11 +153,12 @@ class KVMMachine(Machine):
             device.load_state(state[device.name])
 
     def close(self) -> None:
-        """End the vCPUs and give KVM up; the memory stays its owner's to close."""
+        """End the vCPUs, give KVM and the memory up."""
         for cpu in self._cpus:
             cpu.close()
         self._vm.close()
         self._kvm.close()
+        self.memory.close()
 
 
 def _discard(data: bytes) -> None:

@@ -32,6 +32,9 @@ class VCPUThread:
         name: of the thread.
         serve: does what the guest asked for at an exit. A DirtylogError that it raises ends the guest.
         ended: told when `serve` or KVM failed, in the vCPU's thread, which is parked then.
+
+    Attributes:
+        failure: what `ended` is told, known as soon as the vCPU stands still.
     """
 
     def __init__(
@@ -47,14 +50,14 @@ class VCPUThread:
         self._changed = threading.Condition()
         self._wish = _Wish.PARK
         self._parked = True
+        self.failure: DirtylogError | None = None
         self._thread = threading.Thread(target=self._main, name=name, daemon=True)
         self._thread.start()
 
     def run(self) -> None:
         """Let the vCPU run."""
         with self._changed:
-            self._wish = _Wish.RUN
-            self._changed.notify_all()
+            self._wish_for(_Wish.RUN)
 
     def request_park(self) -> None:
         """Ask the vCPU to stop; `wait_parked` waits until it has. Ask all first, then wait for each."""
@@ -85,11 +88,15 @@ class VCPUThread:
 
     def _request(self, wish: _Wish) -> None:
         with self._changed:
-            self._wish = wish
-            self._changed.notify_all()
+            self._wish_for(wish)
             if not self._parked and self._thread.ident is not None:
                 self.vcpu.request_exit(True)
                 signal.pthread_kill(self._thread.ident, KICK_SIGNAL)
+
+    def _wish_for(self, wish: _Wish) -> None:
+        if self._wish is not _Wish.QUIT:  # a close is final, whatever the guest or its machine still do
+            self._wish = wish
+            self._changed.notify_all()
 
     def _main(self) -> None:
         signal.pthread_sigmask(signal.SIG_BLOCK, (KICK_SIGNAL,))
@@ -98,10 +105,18 @@ class VCPUThread:
             try:
                 self._run_until_kicked()
             except DirtylogError as error:
-                with self._changed:
-                    self._wish = _Wish.PARK
-                    self._set_parked()
-                self._ended(error)
+                self._fail(error)
+            except Exception as error:  # noqa: BLE001 - a defect must end the machine, not leave it waiting for us
+                failure = DirtylogError(f"a defect in dirtylog stopped a vCPU: {error!r}")
+                failure.__cause__ = error
+                self._fail(failure)
+
+    def _fail(self, error: DirtylogError) -> None:
+        with self._changed:
+            self.failure = error
+            self._wish_for(_Wish.PARK)
+            self._set_parked()
+        self._ended(error)
 
     def _run_until_kicked(self) -> None:
         while True:

@@ -1,0 +1,165 @@
+"""What the kernel tells of each page of this process: ``/proc/self/pagemap``, from ``include/uapi/linux/fs.h``.
+
+Two interfaces share the file. Reading it gives 64 bits a page (Documentation/admin-guide/mm/pagemap.rst), among them
+the soft-dirty bit. PAGEMAP_SCAN (Linux 6.7) finds the ranges whose pages are in given categories, and can protect them
+again in the same step, so that no write between the two goes unseen.
+"""
+
+import ctypes
+import os
+from contextlib import closing
+from enum import IntFlag
+from typing import Final, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from dirtylog.errors import ClosedError, HostError, UsageError
+from dirtylog.linux.ioctl import ioctl, iowr, kernel_error
+from dirtylog.linux.mapping import MemfdMapping
+from dirtylog.units import PAGE_SIZE
+
+PAGEMAP: Final = "/proc/self/pagemap"
+CLEAR_REFS: Final = "/proc/self/clear_refs"
+
+ENTRY_SOFT_DIRTY: Final = 1 << 55
+"""In an entry: the page was written since the soft-dirty bits were last cleared, or is new since then."""
+
+REGION: Final = np.dtype([("start", "<u8"), ("end", "<u8"), ("categories", "<u8")])
+"""struct page_region: a range of addresses whose pages have the same categories."""
+
+_REGIONS_PER_CALL: Final = 4096
+
+
+class Category(IntFlag):
+    """What a page can be: PAGE_IS_*."""
+
+    WPALLOWED = 1 << 0
+    WRITTEN = 1 << 1
+    FILE = 1 << 2
+    PRESENT = 1 << 3
+    SWAPPED = 1 << 4
+    PFNZERO = 1 << 5
+    HUGE = 1 << 6
+    SOFT_DIRTY = 1 << 7
+
+
+class ScanFlag(IntFlag):
+    """Options of a scan: PM_SCAN_*."""
+
+    WP_MATCHING = 1
+    CHECK_WPASYNC = 2
+
+
+class ScanArgument(ctypes.Structure):
+    """struct pm_scan_arg."""
+
+    _fields_ = (
+        ("size", ctypes.c_uint64),
+        ("flags", ctypes.c_uint64),
+        ("start", ctypes.c_uint64),
+        ("end", ctypes.c_uint64),
+        ("walk_end", ctypes.c_uint64),
+        ("vec", ctypes.c_uint64),
+        ("vec_len", ctypes.c_uint64),
+        ("max_pages", ctypes.c_uint64),
+        ("category_inverted", ctypes.c_uint64),
+        ("category_mask", ctypes.c_uint64),
+        ("category_anyof_mask", ctypes.c_uint64),
+        ("return_mask", ctypes.c_uint64),
+    )
+
+
+PAGEMAP_SCAN: Final = iowr("PAGEMAP_SCAN", "f", 16, ScanArgument)
+
+
+class Pagemap:
+    """An open pagemap of this process.
+
+    Attributes:
+        fd: the descriptor, owned here.
+
+    Raises:
+        HostError: it cannot be opened.
+    """
+
+    def __init__(self, path: str = PAGEMAP) -> None:
+        try:
+            self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise HostError(
+                f"{path} cannot be opened: {error.strerror}",
+                remedy="use a kernel with CONFIG_PROC_PAGE_MONITOR, and mount /proc",
+            ) from error
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the descriptor; idempotent."""
+        fd, self.fd = self.fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    def entries(self, address: int, pages: int) -> npt.NDArray[np.uint64]:
+        """The 64 bits of each of ``pages`` pages from ``address`` on; unprivileged readers see no frame numbers."""
+        try:
+            content = os.pread(self._open_fd(), 8 * pages, address // PAGE_SIZE * 8)
+        except OSError as error:
+            raise kernel_error("pread of pagemap", error) from error
+        if len(content) != 8 * pages:
+            raise UsageError(f"{pages} pages from {address:#x} on are not all user addresses")
+        return np.frombuffer(content, np.uint64)
+
+    def scan(self, start: int, end: int, wanted: Category, *, protect: bool = False) -> npt.NDArray[np.void]:
+        """The ranges in [start, end) whose pages are in every ``wanted`` category, as a sorted array of `REGION`.
+
+        Args:
+            start: a page's address.
+            end: a page's address.
+            wanted: the categories asked for; those that a page has among them are in its region's ``categories``.
+            protect: also write-protect the pages found, in the same step. The range must be registered with a
+                userfaultfd that has WP_ASYNC, and is refused otherwise.
+
+        Raises:
+            KernelError: the kernel has no PAGEMAP_SCAN (ENOTTY), or refuses to protect (EPERM).
+        """
+        flags = ScanFlag.WP_MATCHING | ScanFlag.CHECK_WPASYNC if protect else ScanFlag(0)
+        found = []
+        while start < end:
+            regions = np.empty(_REGIONS_PER_CALL, REGION)
+            argument = ScanArgument(
+                size=ctypes.sizeof(ScanArgument),
+                flags=int(flags),
+                start=start,
+                end=end,
+                vec=regions.ctypes.data,
+                vec_len=len(regions),
+                category_mask=int(wanted),
+                return_mask=int(wanted),
+            )
+            count = ioctl(self._open_fd(), PAGEMAP_SCAN, argument)
+            found.append(regions[:count])
+            start = argument.walk_end
+        return np.concatenate(found) if found else np.empty(0, REGION)
+
+    def _open_fd(self) -> int:
+        if self.fd < 0:
+            raise ClosedError("this pagemap was closed")
+        return self.fd
+
+
+def has_soft_dirty() -> bool:
+    """Whether the kernel keeps soft-dirty bits.
+
+    A page that is new since the last clearing counts as written, so one that this process just made has the bit if and
+    only if the kernel keeps it. Clearing would tell no more, and would forget what others in this process wait for:
+    ``clear_refs`` knows no ranges.
+    """
+    with closing(MemfdMapping("dirtylog-probe", PAGE_SIZE)) as page, Pagemap() as pagemap:
+        page.array[0] = 1
+        entry = int(pagemap.entries(page.address, 1)[0])
+    return bool(entry & ENTRY_SOFT_DIRTY) and os.access(CLEAR_REFS, os.W_OK)

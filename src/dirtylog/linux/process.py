@@ -1,0 +1,71 @@
+"""Processes seen from outside, and threads' share of the CPU."""
+
+import os
+import select
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+_STAT_START_TIME = 19  # field 22 of /proc/PID/stat, counted after the command's closing parenthesis (proc(5))
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessName:
+    """Names one process among all that ever ran: the boot and PID namespace, the PID, the start time in clock ticks."""
+
+    boot_id: str
+    pid: int
+    start_time: int
+
+    @classmethod
+    def own(cls) -> Self:
+        """This process."""
+        pid = os.getpid()
+        return cls(_boot_id(), pid, _start_time(pid))
+
+    def is_gone(self, timeout: float = 0.0) -> bool:
+        """Whether it is certain, within ``timeout`` seconds, that the process has ended.
+
+        False if it lives, or could live out of sight. A killed process closes its sockets a moment before it counts as
+        ended, so whoever asks because a connection broke should allow for some time.
+        """
+        if self.boot_id != _boot_id():
+            return False
+        try:
+            fd = os.pidfd_open(self.pid)
+        except ProcessLookupError:
+            return True
+        except OSError:  # no descriptor left, say: nothing is certain then
+            return False
+        try:
+            # Read while the descriptor pins the PID: it cannot be reused in between.
+            if _start_time(self.pid) != self.start_time:
+                return True
+            poll = select.poll()
+            poll.register(fd, select.POLLIN)  # readable once the process is a zombie or gone
+            return bool(poll.poll(timeout * 1000))
+        except (FileNotFoundError, ProcessLookupError):
+            return True
+        finally:
+            os.close(fd)
+
+
+def _boot_id() -> str:
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return f"{boot}/{os.readlink('/proc/self/ns/pid')}"
+
+
+def _start_time(pid: int) -> int:
+    stat = Path(f"/proc/{pid}/stat").read_text()
+    return int(stat.rpartition(")")[2].split()[_STAT_START_TIME])
+
+
+def thread_starved_ns() -> int:
+    """For how long the calling thread, in its life, was ready to run but had no CPU, in nanoseconds.
+
+    The second field of schedstat (Documentation/scheduler/sched-stats.rst); 0 where the kernel keeps none.
+    """
+    try:
+        return int(Path("/proc/thread-self/schedstat").read_text().split()[1])
+    except FileNotFoundError:
+        return 0

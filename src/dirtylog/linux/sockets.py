@@ -1,0 +1,34 @@
+"""Socket options that Python has no names for."""
+
+import socket
+import struct
+from typing import Final
+
+_SO_SNDBUFFORCE: Final = 32  # include/uapi/asm-generic/socket.h
+_SO_RCVBUFFORCE: Final = 33
+
+
+def set_buffers(sock: socket.socket, size: int) -> None:
+    """Have the kernel buffer ``size`` bytes each way, or as much as an ordinary user may ask for."""
+    for forced, plain in ((_SO_SNDBUFFORCE, socket.SO_SNDBUF), (_SO_RCVBUFFORCE, socket.SO_RCVBUF)):
+        try:
+            sock.setsockopt(socket.SOL_SOCKET, forced, size)
+        except PermissionError:  # past the system's limit only with CAP_NET_ADMIN; the limit is applied silently here
+            sock.setsockopt(socket.SOL_SOCKET, plain, size)
+
+
+def keep_alive(sock: socket.socket) -> None:
+    """Have a TCP connection fail within half a minute of its peer's host going silent (tcp(7))."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, value in ((socket.TCP_KEEPIDLE, 10), (socket.TCP_KEEPINTVL, 5), (socket.TCP_KEEPCNT, 4)):
+        sock.setsockopt(socket.IPPROTO_TCP, option, value)
+
+
+def set_timeouts(sock: socket.socket, seconds: float) -> None:
+    """Have blocking sends and receives fail with BlockingIOError when nothing moves for ``seconds``; 0 for never.
+
+    Unlike Python's own timeouts, this leaves each call a single system call.
+    """
+    timeval = struct.pack("qq", int(seconds), int(seconds % 1 * 1_000_000))
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, timeval)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeval)

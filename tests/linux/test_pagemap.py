@@ -1,0 +1,126 @@
+import ctypes
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import closing
+
+import numpy as np
+import pytest
+from support.require import require
+
+from dirtylog.errors import ClosedError, HostError, KernelError, UsageError
+from dirtylog.linux import pagemap
+from dirtylog.linux.mapping import MemfdMapping
+from dirtylog.linux.pagemap import Category, Pagemap, ScanArgument
+from dirtylog.linux.userfaultfd import Feature, RegisterMode, Userfaultfd
+from dirtylog.units import PAGE_SIZE
+
+PAGES = 9000  # with every other one written, more ranges than one call returns
+WRITE_WATCH = Feature.WP_ASYNC | Feature.WP_UNPOPULATED | Feature.WP_HUGETLBFS_SHMEM
+
+
+@pytest.fixture
+def memory() -> Iterator[MemfdMapping]:
+    with closing(MemfdMapping("test", PAGES * PAGE_SIZE)) as mapping:
+        yield mapping
+
+
+@pytest.fixture
+def scanner(memory: MemfdMapping) -> Iterator[Pagemap]:
+    with Pagemap() as opened:
+        try:
+            opened.scan(memory.address, memory.address + PAGE_SIZE, Category.PRESENT)
+        except KernelError as error:
+            require("pagemap-scan", error.errno != errno.ENOTTY, "this kernel has no PAGEMAP_SCAN")
+            raise
+        yield opened
+
+
+def page_numbers(memory: MemfdMapping, regions: np.ndarray) -> list[int]:
+    return [
+        (address - memory.address) // PAGE_SIZE
+        for region in regions
+        for address in range(int(region["start"]), int(region["end"]), PAGE_SIZE)
+    ]
+
+
+def test_request_has_the_number_of_the_kernel_headers() -> None:
+    assert ctypes.sizeof(ScanArgument) == 96
+    assert pagemap.PAGEMAP_SCAN.code == 0xC0606610
+    assert pagemap.REGION.itemsize == 24
+
+
+def test_entry_tells_present_pages(memory: MemfdMapping) -> None:
+    memory.array[PAGE_SIZE] = 1
+    with Pagemap() as opened:
+        entries = opened.entries(memory.address, 3)
+    assert [int(entry) >> 63 for entry in entries] == [0, 1, 0]
+
+
+def test_entries_past_user_memory_are_refused() -> None:
+    with Pagemap() as opened, pytest.raises(UsageError, match="not all user addresses"):
+        opened.entries(1 << 60, 1)
+
+
+def test_scan_finds_present_pages_even_if_one_call_cannot_hold_them(memory: MemfdMapping, scanner: Pagemap) -> None:
+    memory.array[:: 2 * PAGE_SIZE] = 1
+    regions = scanner.scan(memory.address, memory.address + memory.size, Category.PRESENT)
+    assert page_numbers(memory, regions) == list(range(0, PAGES, 2))
+    assert set(regions["categories"].tolist()) == {Category.PRESENT.value}
+
+
+def test_scan_keeps_to_its_range(memory: MemfdMapping, scanner: Pagemap) -> None:
+    memory.array[: 10 * PAGE_SIZE] = 1
+    regions = scanner.scan(memory.address + 3 * PAGE_SIZE, memory.address + 5 * PAGE_SIZE, Category.PRESENT)
+    assert page_numbers(memory, regions) == [3, 4]
+
+
+def test_scan_of_nothing_finds_nothing(memory: MemfdMapping, scanner: Pagemap) -> None:
+    assert len(scanner.scan(memory.address, memory.address, Category.PRESENT)) == 0
+
+
+def test_scan_that_protects_finds_only_pages_written_since(memory: MemfdMapping, scanner: Pagemap) -> None:
+    try:
+        watch = Userfaultfd(WRITE_WATCH)
+    except HostError as error:
+        require("write-watch", False, str(error))
+        raise
+    start, end = memory.address, memory.address + memory.size
+    with watch:
+        watch.register(start, memory.size, RegisterMode.WP)
+        scanner.scan(start, end, Category.WRITTEN, protect=True)
+        assert len(scanner.scan(start, end, Category.WRITTEN)) == 0
+        memory.array[:: 2 * PAGE_SIZE] = 1
+        assert page_numbers(memory, scanner.scan(start, end, Category.WRITTEN, protect=True)) == list(
+            range(0, PAGES, 2)
+        )
+        memory.array[7 * PAGE_SIZE] = 1
+        assert page_numbers(memory, scanner.scan(start, end, Category.WRITTEN)) == [7]
+
+
+def test_scan_that_protects_unregistered_memory_is_refused(memory: MemfdMapping, scanner: Pagemap) -> None:
+    with pytest.raises(KernelError, match="PAGEMAP_SCAN failed") as caught:
+        scanner.scan(memory.address, memory.address + PAGE_SIZE, Category.WRITTEN, protect=True)
+    assert caught.value.errno == errno.EPERM
+
+
+def test_missing_pagemap_names_the_remedy() -> None:
+    with pytest.raises(HostError, match="cannot be opened: No such file") as caught:
+        Pagemap("/nonexistent/pagemap")
+    assert "CONFIG_PROC_PAGE_MONITOR" in (caught.value.remedy or "")
+
+
+def test_closed_pagemap_is_refused_and_closes_again() -> None:
+    opened = Pagemap()
+    opened.close()
+    opened.close()
+    with pytest.raises(ClosedError):
+        opened.entries(0, 1)
+
+
+def test_soft_dirty_agrees_with_the_pagemap_of_a_new_page(memory: MemfdMapping) -> None:
+    """The second witness: the entry read by plain file I/O."""
+    memory.array[0] = 1
+    with open(pagemap.PAGEMAP, "rb", buffering=0) as file:
+        entry = int.from_bytes(os.pread(file.fileno(), 8, memory.address // PAGE_SIZE * 8), "little")
+    assert pagemap.has_soft_dirty() == bool(entry & pagemap.ENTRY_SOFT_DIRTY)
