@@ -1,0 +1,270 @@
+"""The sockets of a migration: the only module that does its I/O."""
+
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Final, Self, TypeVar
+
+from dirtylog.errors import CancelledError, DirtylogError, DisconnectedError, HostError, ProtocolError, RefusedError
+from dirtylog.linux.socketfile import SocketFile
+from dirtylog.linux.sockets import keep_alive, set_buffers, set_timeouts
+from dirtylog.linux.wakeup import Waiter, Wakeup
+from dirtylog.migration.address import Address, TCPAddress, UnixAddress
+from dirtylog.migration.messages import Failed, Message
+from dirtylog.migration.protocol import Protocol, Role
+from dirtylog.units import MIB
+
+BUFFER_SIZE: Final = 4 * MIB
+CONNECT_TIMEOUT: Final = 10.0
+HANDSHAKE_TIMEOUT: Final = 10.0
+STALL_TIMEOUT: Final = 30.0
+"""Seconds without a byte moving after which the peer counts as gone."""
+_IOV_MAX: Final = 1024
+_DRAIN_SECONDS: Final = 2.0
+
+_M = TypeVar("_M", bound=Message)
+
+
+class Channel:
+    """A connected socket that speaks the protocol. One thread uses it; any may `abort` it.
+
+    Attributes:
+        peer: who the other side is, for messages.
+        stage: how far the conversation has come, see `Protocol`.
+    """
+
+    def __init__(self, sock: socket.socket, role: Role) -> None:
+        self._socket = sock
+        self._protocol = Protocol(role)
+        self._aborted = False
+        self.peer = "destination" if role is Role.SOURCE else "source"
+        set_buffers(sock, BUFFER_SIZE)
+        if sock.family != socket.AF_UNIX:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            keep_alive(sock)
+        self.set_timeout(HANDSHAKE_TIMEOUT)
+        try:
+            with self._io():
+                sock.sendall(Protocol.preamble())
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    @property
+    def stage(self) -> object:
+        """How far the conversation has come."""
+        return self._protocol.stage
+
+    def set_timeout(self, seconds: float) -> None:
+        """How long nothing may move."""
+        set_timeouts(self._socket, seconds)
+
+    def send(self, message: Message, payload: list[memoryview] | None = None) -> int:
+        """Send a message and what belongs to it; how many bytes that were."""
+        buffers = [memoryview(self._protocol.send(message)), *(payload or ())]
+        total = sum(map(len, buffers))
+        with self._io():
+            while buffers:
+                _advance(buffers, self._socket.sendmsg(buffers[:_IOV_MAX]))
+        return total
+
+    def receive(self) -> Message:
+        """The next message; the payload of `Pages` is to be fetched with `receive_into`."""
+        while True:
+            wanted = self._protocol.wanted
+            message = self._protocol.receive(self._exactly(wanted) if wanted else b"")
+            if message is not None:
+                return message
+
+    def expect(self, kind: type[_M]) -> _M:
+        """The next message, which must be of a kind.
+
+        Raises:
+            RefusedError: the peer gives up, and says why.
+            ProtocolError: it is another message.
+        """
+        message = self.receive()
+        if isinstance(message, kind):
+            return message
+        if isinstance(message, Failed):
+            raise RefusedError(f"the {self.peer} gave up: {message.reason}")
+        raise ProtocolError(f"the {self.peer} sent {type(message).__name__} instead of {kind.__name__}")
+
+    def receive_into(self, buffers: list[memoryview]) -> None:
+        """Fill buffers, straight from the socket."""
+        with self._io():
+            while buffers:
+                received, *_ = self._socket.recvmsg_into(buffers[:_IOV_MAX], 0, socket.MSG_WAITALL)
+                if not received:
+                    raise self._ended()
+                _advance(buffers, received)
+
+    def _exactly(self, size: int) -> bytes:
+        buffer = bytearray(size)
+        self.receive_into([memoryview(buffer)])
+        return bytes(buffer)
+
+    def abort(self) -> None:
+        """Make every call fail, in whichever thread it waits. The socket stays to be closed."""
+        self._aborted = True
+        try:
+            self._socket.shutdown(socket.SHUT_RDWR)
+        except OSError:  # the peer was quicker; or closed here already, which is as good
+            return
+
+    def last_words(self) -> RefusedError | None:
+        """After the connection failed: what the peer may have said before it ended, as an error."""
+        if self._aborted:
+            return None
+        self.set_timeout(_DRAIN_SECONDS)
+        try:
+            message = self.receive()
+        except DirtylogError:  # nothing, or nothing whole
+            return None
+        return RefusedError(f"the {self.peer} gave up: {message.reason}") if isinstance(message, Failed) else None
+
+    def finish(self) -> None:
+        """Say no more, and let the peer read what was said: bytes that arrive meanwhile are thrown away.
+
+        A close with unread bytes would be a reset, which can overtake our last message.
+        """
+        deadline = time.monotonic() + _DRAIN_SECONDS
+        self.set_timeout(_DRAIN_SECONDS)
+        try:
+            self._socket.shutdown(socket.SHUT_WR)
+            while self._socket.recv(MIB) and time.monotonic() < deadline:
+                pass
+        except OSError:  # gone, or silent for too long: nobody left to be polite to
+            return
+
+    def close(self) -> None:
+        """Close the socket; idempotent."""
+        self._socket.close()
+
+    @contextmanager
+    def _io(self) -> Iterator[None]:
+        try:
+            yield
+        except BlockingIOError as error:
+            raise DisconnectedError(f"the {self.peer} has not moved a byte for a while and counts as gone") from error
+        except OSError as error:
+            raise self._ended(error) from error
+
+    def _ended(self, error: OSError | None = None) -> CancelledError | DisconnectedError:
+        if self._aborted:
+            return CancelledError("the migration was cancelled")
+        detail = f": {error.strerror}" if error is not None and error.strerror else ""
+        return DisconnectedError(f"the connection to the {self.peer} ended before the migration did{detail}")
+
+
+def _advance(buffers: list[memoryview], done: int) -> None:
+    """Drop the first ``done`` bytes from a list of buffers."""
+    index = 0
+    while index < len(buffers) and done >= len(buffers[index]):
+        done -= len(buffers[index])
+        index += 1
+    del buffers[:index]
+    if done:
+        buffers[0] = buffers[0][done:]
+
+
+def connect(address: Address) -> Channel:
+    """Connect to a destination that listens at an address.
+
+    Raises:
+        DisconnectedError: nobody listens there, or cannot be reached.
+    """
+    try:
+        if isinstance(address, UnixAddress):
+            sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            try:
+                set_timeouts(sock, CONNECT_TIMEOUT)
+                sock.connect(address.path)
+            except BaseException:
+                sock.close()
+                raise
+        else:
+            sock = socket.create_connection((address.host, address.port), timeout=CONNECT_TIMEOUT)
+            sock.settimeout(None)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise DisconnectedError(
+            f"cannot connect to the destination at {address}: {reason}",
+            remedy=f"start it there with 'dirtylog run --incoming {address}'",
+        ) from error
+    return Channel(sock, Role.SOURCE)
+
+
+class Listener:
+    """Waits for a source at an address; owns the socket, and its file if it has one.
+
+    Raises:
+        UsageError: the address is in use or cannot be one.
+        HostError: the host does not let us listen there.
+    """
+
+    def __init__(self, address: Address) -> None:
+        self._wakeup = Wakeup()
+        self._close: Callable[[], None]
+        try:
+            if isinstance(address, UnixAddress):
+                file = SocketFile(address.path)
+                self._socket, self._close = file.socket, file.close
+                self.address: Address = address
+            else:
+                self._socket = _listen_tcp(address)
+                self._close = self._socket.close
+                self.address = TCPAddress(address.host, self._socket.getsockname()[1])
+        except BaseException:
+            self._wakeup.close()
+            raise
+        self._aborted = False
+
+    def accept(self) -> Channel:
+        """Wait for a source.
+
+        Raises:
+            CancelledError: `abort` was called.
+        """
+        waiter = Waiter(self._socket.fileno(), self._wakeup)
+        while not self._aborted:
+            waiter.wait(read=True)
+            try:
+                sock, _ = self._socket.accept()
+            except (BlockingIOError, ConnectionAbortedError):
+                continue
+            sock.setblocking(True)
+            return Channel(sock, Role.DESTINATION)
+        raise CancelledError("waiting for a migration was cancelled")
+
+    def abort(self) -> None:
+        """Make `accept` give up, in whichever thread it waits."""
+        self._aborted = True
+        self._wakeup.set()
+
+    def close(self) -> None:
+        """Close the socket and remove its file; idempotent."""
+        self._close()
+        self._wakeup.close()
+
+
+def _listen_tcp(address: TCPAddress) -> socket.socket:
+    try:
+        family, _, _, _, where = socket.getaddrinfo(
+            address.host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        sock = socket.create_server(where[:2], family=family, backlog=1)
+    except OSError as error:
+        raise HostError(
+            f"cannot listen at {address}: {error.strerror or error}",
+            remedy="choose an address of this host, and a port that is free",
+        ) from error
+    sock.setblocking(False)
+    return sock

@@ -1,0 +1,235 @@
+"""The source of a migration.
+
+The guest changes hands in three messages. ``Ready``: the destination could run it, and waits. ``Handover``: the source
+has let go, for good. ``Taken``: the destination starts it now. Up to the handover a failure of any kind leaves the
+guest here, and the destination, which was never told, does not start it.
+
+After the handover the source cannot know, if the connection ends before ``Taken``, whether the destination runs the
+guest. Two running copies would be worse than none, so it does not guess: it takes the guest back only if the
+destination says that it gave up, or if the destination's process is known to have ended, which can be seen where both
+are on one host. Otherwise the guest stays stopped here and the operator, who can look at the destination, decides.
+"""
+
+import threading
+import time
+from collections.abc import Callable
+from typing import Final
+
+from dirtylog.errors import CancelledError, DirtylogError, DisconnectedError, InDoubtError, ProtocolError, RefusedError
+from dirtylog.linux.process import ProcessName
+from dirtylog.machine import Machine, RunState
+from dirtylog.migration.address import Address
+from dirtylog.migration.channel import STALL_TIMEOUT, Channel, connect
+from dirtylog.migration.digest import block_digest
+from dirtylog.migration.messages import BlockInfo, Digests, Handover, Hello, Ready, State, Taken, Welcome
+from dirtylog.migration.parameters import Parameters
+from dirtylog.migration.precopy import Precopy
+from dirtylog.migration.statistics import ENDED, Statistics, Status
+from dirtylog.migration.switchover import should_switch_over
+from dirtylog.units import MIB, PAGE_SIZE
+
+StatusObserver = Callable[[Status], None]
+"""Told each new status, in the migration's thread or in that of `OutgoingMigration.cancel`."""
+
+_GONE_TIMEOUT: Final = 2.0
+_SLOW_DIGEST: Final = 200 * MIB
+"""Bytes a second that a destination computes digests at, at the very least."""
+
+
+class OutgoingMigration:
+    """Moves a machine away while it runs. `run` does it in the calling thread; the rest may be used from any.
+
+    Attributes:
+        parameters: may be replaced at any time; a new clear chunk or ``verify`` comes too late once it began.
+        status: how it stands.
+        statistics: what it has done.
+        error: why it failed, if it did.
+    """
+
+    def __init__(
+        self, machine: Machine, address: Address, parameters: Parameters, *, observe: StatusObserver | None = None
+    ) -> None:
+        self.parameters = parameters
+        self.status = Status.NONE
+        self.statistics = Statistics(total_bytes=sum(block.size for block in machine.memory.blocks.values()))
+        self.error: DirtylogError | None = None
+        self._machine = machine
+        self._address = address
+        self._observe = observe
+        self._lock = threading.Lock()
+        self._cancelled = threading.Event()
+        self._let_go = False
+        self._verify = False
+        self._channel: Channel | None = None
+        self._began = 0.0
+
+    @property
+    def ended(self) -> bool:
+        """Whether it is over, one way or another."""
+        return self.status in ENDED
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since it began, or that it took."""
+        return self.statistics.total_seconds if self.ended else time.monotonic() - self._began
+
+    def cancel(self) -> bool:
+        """Ask it to stop, and to leave the guest where it is.
+
+        Returns:
+            Whether it will: not if it has ended, or has let go of the guest already.
+        """
+        with self._lock:
+            if self._let_go or self.ended:
+                return False
+            self._cancelled.set()
+            if self._channel is not None:
+                self._channel.abort()
+            self._set_status(Status.CANCELLING)
+            return True
+
+    def run(self) -> None:
+        """Migrate. When this returns, the destination runs the guest.
+
+        Raises:
+            CancelledError: `cancel` was called; the guest is as it was.
+            InDoubtError: the guest was handed over, and nobody confirmed it; it stays stopped here.
+            DirtylogError: it failed; the guest is as it was.
+        """
+        self._began = time.monotonic()
+        self._enter(Status.SETUP)
+        try:
+            with self._connected() as channel:
+                self._migrate(channel)
+        except Exception as error:
+            failure = self._failed(error)
+            if failure is error:
+                raise
+            raise failure from error
+        self._end(Status.COMPLETED)
+
+    def _failed(self, error: Exception) -> DirtylogError:
+        """Note that it ended before its time; the error to raise."""
+        if self._cancelled.is_set():
+            self.error = CancelledError("the migration was cancelled")
+        elif isinstance(error, DirtylogError):
+            self.error = error
+        else:
+            self.error = DirtylogError(f"a defect in dirtylog ended the migration: {error!r}")
+        self._end(Status.CANCELLED if self._cancelled.is_set() else Status.FAILED)
+        return self.error
+
+    def _connected(self) -> Channel:
+        channel = connect(self._address)
+        with self._lock:
+            self._channel = channel
+            if self._cancelled.is_set():
+                channel.abort()
+        return channel
+
+    def _migrate(self, channel: Channel) -> None:
+        try:
+            destination = self._agree(channel)
+            channel.set_timeout(STALL_TIMEOUT)
+            self.statistics.setup_seconds = time.monotonic() - self._began
+            precopy = Precopy(self._machine.memory, channel, self.statistics, lambda: self.parameters, self._cancelled)
+            try:
+                self._send_while_running(precopy)
+                self._switch_over(channel, precopy, destination)
+            finally:
+                precopy.stop()
+        except DisconnectedError as error:
+            if isinstance(error, InDoubtError):
+                raise
+            raise channel.last_words() or error from error
+
+    def _agree(self, channel: Channel) -> ProcessName:
+        blocks = self._machine.memory.blocks.values()
+        self._verify = self.parameters.verify
+        channel.send(
+            Hello(
+                self._machine.kind,
+                tuple(BlockInfo(block.name, block.size, PAGE_SIZE) for block in blocks),
+                self._verify,
+            )
+        )
+        welcome = channel.expect(Welcome)
+        return ProcessName(welcome.boot_id, welcome.pid, welcome.start_time)
+
+    def _send_while_running(self, precopy: Precopy) -> None:
+        self._enter(Status.ACTIVE)
+        precopy.start()
+        while True:
+            precopy.send_pass(paced=True)
+            if should_switch_over(precopy.estimate(), self.parameters.downtime_limit):
+                return
+
+    def _switch_over(self, channel: Channel, precopy: Precopy, destination: ProcessName) -> None:
+        """Stop the guest, send the rest, hand over. Any failure before the guest is gone brings it back."""
+        running = self._machine.state is RunState.RUNNING
+        stopped = time.monotonic()
+        self._machine.hold(RunState.FINISH_MIGRATE)
+        try:
+            self._enter(Status.DEVICE)
+            precopy.sync(last_stage=True)
+            precopy.send_pass(paced=False)
+            self._send_state(channel, running)
+            self._hand_over(channel, destination)
+        except InDoubtError:
+            self._machine.release(RunState.POSTMIGRATE)
+            raise
+        except BaseException:
+            self._machine.release(RunState.RUNNING if running else RunState.PAUSED)
+            raise
+        self.statistics.downtime = time.monotonic() - stopped - self.statistics.verify_seconds
+        self._machine.release(RunState.POSTMIGRATE)
+
+    def _send_state(self, channel: Channel, running: bool) -> None:
+        """Send what is not memory, and wait until the destination has loaded everything."""
+        blocks = self._machine.memory.blocks.values()
+        digests: tuple[bytes, ...] = ()
+        if self._verify:
+            began = time.monotonic()
+            digests = tuple(block_digest(block) for block in blocks)
+            self.statistics.verify_seconds = time.monotonic() - began
+            channel.send(Digests(digests))
+            channel.set_timeout(STALL_TIMEOUT + self.statistics.total_bytes / _SLOW_DIGEST)
+        channel.send(State(running, self._machine.save_state()))
+        ready = channel.expect(Ready)
+        if ready.digests != digests:
+            raise RefusedError("the destination's memory differs from the source's at the switchover")
+        self.statistics.verify_seconds += ready.verify_ns / 1e9
+        self.statistics.digests = dict(zip((block.name for block in blocks), digests, strict=False))
+
+    def _hand_over(self, channel: Channel, destination: ProcessName) -> None:
+        with self._lock:
+            if self._cancelled.is_set():
+                raise CancelledError("the migration was cancelled")
+            self._let_go = True
+        # If this fails nothing of the message has left: the destination was not told, and the guest is still ours.
+        channel.send(Handover())
+        try:
+            channel.expect(Taken)
+        except (DisconnectedError, ProtocolError) as error:
+            if destination.is_gone(_GONE_TIMEOUT):
+                raise
+            raise InDoubtError(
+                "the connection ended after the guest was handed over, before the destination confirmed that it runs",
+                remedy="look at the destination: if it never will run the guest, 'cont' runs it here again",
+            ) from error
+
+    def _enter(self, status: Status) -> None:
+        with self._lock:
+            if not self._cancelled.is_set():
+                self._set_status(status)
+
+    def _end(self, status: Status) -> None:
+        self.statistics.total_seconds = time.monotonic() - self._began
+        with self._lock:
+            self._channel = None
+            self._set_status(status)
+
+    def _set_status(self, status: Status) -> None:
+        self.status = status
+        if self._observe is not None:
+            self._observe(status)

@@ -1,0 +1,39 @@
+"""What a user may set about a migration."""
+
+from dataclasses import dataclass
+
+from dirtylog.errors import UsageError
+from dirtylog.units import MIB
+
+MAX_DOWNTIME_LIMIT = 2000.0
+"""QEMU's upper bound, in seconds."""
+
+
+@dataclass(frozen=True, slots=True)
+class Parameters:
+    """Immutable; a running migration is given a new one.
+
+    Attributes:
+        downtime_limit: how long the guest may stand still at the switchover, in seconds.
+        max_bandwidth: bytes a second while the guest runs; 0 for no limit. At the switchover there is none.
+        clear_chunk: bytes whose log is cleared at once, right before the first of its pages is read; rounded up to
+            whole 64-page words.
+        verify: compare a digest of every block at the switchover. That takes time with the guest stopped, which is
+            reported apart from the downtime.
+
+    Raises:
+        UsageError: a value is out of range.
+    """
+
+    downtime_limit: float = 0.3
+    max_bandwidth: int = 0
+    clear_chunk: int = 128 * MIB
+    verify: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.downtime_limit <= MAX_DOWNTIME_LIMIT:
+            raise UsageError(f"a downtime limit of {self.downtime_limit} s", remedy="it may be 0 to 2000 s")
+        if not 0 <= self.max_bandwidth < 1 << 63:
+            raise UsageError(f"a bandwidth of {self.max_bandwidth} bytes a second", remedy="0 means no limit")
+        if not 1 <= self.clear_chunk < 1 << 63:
+            raise UsageError(f"a clear chunk of {self.clear_chunk} bytes", remedy="128M is usual")

@@ -1,0 +1,114 @@
+"""Sending memory while the guest writes it."""
+
+import threading
+import time
+from collections.abc import Callable
+from typing import Final
+
+from dirtylog.errors import ProtocolError
+from dirtylog.linux.process import thread_starved_ns
+from dirtylog.memory import Memory, TrackingReason
+from dirtylog.migration.channel import Channel
+from dirtylog.migration.messages import PassDone, PassEnd
+from dirtylog.migration.pacer import Pacer
+from dirtylog.migration.parameters import Parameters
+from dirtylog.migration.ram import Batch, DirtyRAM
+from dirtylog.migration.statistics import PassStatistics, Statistics
+from dirtylog.migration.switchover import Estimate, link_bandwidth
+from dirtylog.units import MIB
+
+_FIXED_DOWNTIME: Final = 0.01
+"""What a switchover takes besides the pages: stopping vCPUs, saving, sending and loading state. A few milliseconds."""
+_TELLING_SIZE: Final = MIB
+"""Passes of fewer bytes say more about latency than about bandwidth."""
+
+
+class Precopy:
+    """Sends what is dirty, pass by pass, and knows what is left.
+
+    Args:
+        memory: of the machine.
+        channel: to the destination, which has agreed.
+        statistics: kept up to date.
+        parameters: asked anew for each decision.
+        cancelled: ends a pass with CancelledError.
+    """
+
+    def __init__(
+        self,
+        memory: Memory,
+        channel: Channel,
+        statistics: Statistics,
+        parameters: Callable[[], Parameters],
+        cancelled: threading.Event,
+    ) -> None:
+        self._memory = memory
+        self._channel = channel
+        self._statistics = statistics
+        self._parameters = parameters
+        self._pacer = Pacer(cancelled)
+        self._bandwidth = 0.0
+        chunk = parameters().clear_chunk
+        regions = [(region, region.block) for region in memory.ram_regions if region.block is not None]
+        self._blocks = [DirtyRAM(index, region, block, chunk) for index, (region, block) in enumerate(regions)]
+
+    def start(self) -> None:
+        """Log writes from here on; every page is to be sent."""
+        self._memory.start_logging(TrackingReason.MIGRATION)
+        self.sync()
+
+    def stop(self) -> None:
+        """Log no more; idempotent."""
+        if TrackingReason.MIGRATION in self._memory.tracking:
+            self._memory.stop_logging(TrackingReason.MIGRATION)
+
+    def sync(self, *, last_stage: bool = False) -> int:
+        """Find out what was written; how many pages that were not to be sent already."""
+        self._memory.sync_dirty_log(last_stage=last_stage)
+        fresh = sum(block.harvest() for block in self._blocks)
+        self._memory.after_sync()
+        self._statistics.remaining_pages = sum(block.pages for block in self._blocks)
+        return fresh
+
+    def send_pass(self, *, paced: bool) -> None:
+        """Send everything that is dirty, and wait until the destination has it."""
+        current = PassStatistics(len(self._statistics.passes) + 1)
+        self._statistics.passes.append(current)
+        began, starved = time.monotonic(), thread_starved_ns()
+        limit = 0
+        for block in self._blocks:
+            for batch in block.batches():
+                limit = self._parameters().max_bandwidth if paced else 0
+                self._pacer.pace(self._send(batch, current), limit)
+        current.bytes += self._channel.send(PassEnd(current.number))
+        done = self._channel.expect(PassDone)
+        if done.number != current.number:
+            raise ProtocolError(f"the destination has pass {done.number} when pass {current.number} was sent")
+        current.seconds = time.monotonic() - began
+        current.starved = max(thread_starved_ns() - starved, done.starved_ns) / 1e9
+        # Under a limit, threads that get their CPU late only wait less for the limit.
+        bandwidth = link_bandwidth(current.bytes, current.seconds, 0 if limit else current.starved)
+        telling = current.bytes >= _TELLING_SIZE
+        self._bandwidth = current.bandwidth = bandwidth if telling else max(bandwidth, self._bandwidth)
+
+    def _send(self, batch: Batch, current: PassStatistics) -> int:
+        sent = 0
+        if batch.zeros is not None:
+            sent += self._channel.send(batch.zeros)
+            current.zero_pages += batch.zeros.pages
+            self._statistics.remaining_pages -= batch.zeros.pages
+        if batch.pages is not None:
+            sent += self._channel.send(batch.pages, batch.memory)
+            current.pages += batch.pages.pages
+            self._statistics.remaining_pages -= batch.pages.pages
+        current.bytes += sent
+        return sent
+
+    def estimate(self) -> Estimate:
+        """Find out what was written during the last pass, and what stopping now would mean."""
+        current = self._statistics.passes[-1]
+        current.dirtied = self.sync()
+        self._statistics.dirty_rate = current.dirtied / current.seconds if current.seconds else 0.0
+        estimate = Estimate(self._statistics.remaining_pages, self._bandwidth, _FIXED_DOWNTIME)
+        current.expected_downtime = estimate.downtime
+        return estimate

@@ -1,0 +1,179 @@
+"""Walking dirty memory on one side, filling memory on the other."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+from dirtylog.errors import ProtocolError
+from dirtylog.memory import ClearChunks, MemoryRegion, PageBitmap, RAMBlock
+from dirtylog.migration.messages import Pages, Runs, ZeroPages
+from dirtylog.units import HUGE_PAGE_SIZE, PAGE_SIZE
+
+BATCH_PAGES: Final = 1024
+"""Pages looked at, and sent, at a time: 4 MiB, which keeps a socket's buffer full."""
+_HUGE_PAGES: Final = HUGE_PAGE_SIZE // PAGE_SIZE
+_WINDOW_PAGES: Final = 1 << 15
+"""Pages taken out of the bitmap at a time, at most, which bounds the runs in one message too."""
+
+Indices = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Some of the dirty pages: contents to send, as `pages` announces them and `memory` holds them; and zero pages."""
+
+    pages: Pages | None
+    memory: list[memoryview]
+    zeros: ZeroPages | None
+
+
+class DirtyRAM:
+    """Migration's view of one block: which pages are still to be sent, and which clears are due before.
+
+    All pages are to be sent at first (M3). `harvest` adds what a sync found; `batches` takes pages out, in the order
+    that rule D3 wants: clear the log of their chunk, forget them, look at their contents.
+    """
+
+    def __init__(self, index: int, region: MemoryRegion, block: RAMBlock, clear_chunk: int) -> None:
+        self._index = index
+        self._region = region
+        self._block = block
+        self._to_send = PageBitmap(block.pages)
+        self._to_send.set()
+        self._chunks = ClearChunks(block.pages, clear_chunk)
+
+    @property
+    def pages(self) -> int:
+        """How many are to be sent."""
+        return self._to_send.count()
+
+    def harvest(self) -> int:
+        """Take over what was synced; how many pages were not to be sent before."""
+        return self._region.harvest_dirty(self._to_send, self._chunks)
+
+    def batches(self) -> Iterator[Batch]:
+        """Everything to be sent now, ascending."""
+        window = min(self._chunks.chunk, _WINDOW_PAGES)
+        for first in range(0, self._block.pages, window):
+            count = min(window, self._block.pages - first)
+            pages = self._to_send.indices(first, count)
+            if not len(pages):
+                continue
+            for start, length in self._chunks.take(first, count):
+                self._region.clear_dirty_bitmap(start * PAGE_SIZE, length * PAGE_SIZE)
+            self._to_send.clear(first, count)
+            yield from self._look(pages, first, count)
+
+    def _look(self, pages: Indices, first: int, count: int) -> Iterator[Batch]:
+        """Holes are zero without a look, which would allocate them; everything else is looked at in batches."""
+        stored = np.zeros(count, np.bool_)
+        for start, end in self._block.mapping.extents(first * PAGE_SIZE, (first + count) * PAGE_SIZE):
+            stored[start // PAGE_SIZE - first : -(-end // PAGE_SIZE) - first] = True
+        hit = stored[pages - first]
+        holes, data = pages[~hit], pages[hit]
+        if len(holes):
+            yield Batch(None, [], ZeroPages(self._index, runs_of(holes)))
+        while len(data):
+            end = _batch_end(data)
+            yield self._batch(data[:end])
+            data = data[end:]
+
+    def _batch(self, pages: Indices) -> Batch:
+        filled = self._filled(pages)
+        zeros, contents = pages[~filled], runs_of(pages[filled])
+        return Batch(
+            Pages(self._index, contents) if len(contents) else None,
+            page_views(self._block, contents),
+            ZeroPages(self._index, runs_of(zeros)) if len(zeros) else None,
+        )
+
+    def _filled(self, pages: Indices) -> npt.NDArray[np.bool_]:
+        """Which pages are not all zero. Most show it in their first word; only the others are read whole."""
+        words = self._block.page_words
+        filled: npt.NDArray[np.bool_] = words[pages, 0] != 0
+        unsure = pages[~filled]
+        if len(unsure):
+            first, last = int(unsure[0]), int(unsure[-1])
+            rows = words[first : last + 1] if last - first + 1 == len(unsure) else words[unsure]
+            filled[~filled] = rows.any(axis=1)
+        return filled
+
+
+class IncomingRAM:
+    """The destination's blocks, filled by what messages say."""
+
+    def __init__(self, blocks: Sequence[RAMBlock]) -> None:
+        self._blocks = blocks
+        self._touched = [np.zeros(-(-block.pages // _HUGE_PAGES), np.bool_) for block in blocks]
+
+    def place(self, message: Pages) -> list[memoryview]:
+        """Where the contents that follow a message belong.
+
+        Raises:
+            ProtocolError: the message names memory that is not there.
+        """
+        block = self._checked(message)
+        self._prepare(block, self._touched[message.block], message.runs)
+        return page_views(block, message.runs)
+
+    @staticmethod
+    def _prepare(block: RAMBlock, touched: npt.NDArray[np.bool_], runs: Runs) -> None:
+        """Give each huge page's worth that is filled for the first time, and filled whole, a huge page.
+
+        Faults on small pages take several times as long as receiving what belongs there.
+        """
+        firsts, ends = runs[:, 0], runs.sum(axis=1)
+        for first, end in zip(-(-firsts // _HUGE_PAGES), ends // _HUGE_PAGES, strict=True):
+            for index in range(first, end):
+                if not touched[index]:
+                    block.mapping.make_huge(index * HUGE_PAGE_SIZE)
+        for first, end in zip(firsts // _HUGE_PAGES, -(-ends // _HUGE_PAGES), strict=True):
+            touched[first:end] = True
+
+    def zero(self, message: ZeroPages) -> None:
+        """Make pages zero, whatever they held, by making them holes (M4).
+
+        Raises:
+            ProtocolError: the message names memory that is not there.
+        """
+        block = self._checked(message)
+        for first, count in message.runs.tolist():
+            for start, end in block.mapping.extents(first * PAGE_SIZE, (first + count) * PAGE_SIZE):
+                block.mapping.punch(start, end - start)
+
+    def _checked(self, message: Pages | ZeroPages) -> RAMBlock:
+        if message.block >= len(self._blocks):
+            raise ProtocolError(f"the stream is corrupt: pages of block {message.block} of {len(self._blocks)}")
+        block = self._blocks[message.block]
+        end = int(message.runs[-1].sum())  # runs ascend
+        if end > block.pages:
+            raise ProtocolError(
+                f"the stream is corrupt: page {end - 1} of block {block.name!r}, which has {block.pages}"
+            )
+        return block
+
+
+def _batch_end(pages: Indices) -> int:
+    """How many of the pages make the next batch. It ends where a huge page does if it can, for `IncomingRAM`."""
+    if len(pages) <= BATCH_PAGES:
+        return len(pages)
+    boundary = pages[BATCH_PAGES] // _HUGE_PAGES * _HUGE_PAGES
+    return int(np.searchsorted(pages[:BATCH_PAGES], boundary)) or BATCH_PAGES
+
+
+def runs_of(pages: Indices) -> Runs:
+    """Ascending page numbers as runs."""
+    if not len(pages):
+        return np.empty((0, 2), np.int64)
+    starts = np.flatnonzero(np.diff(pages, prepend=-2) != 1)
+    lengths = np.diff(starts, append=len(pages))
+    return np.stack((pages[starts], lengths), axis=1)
+
+
+def page_views(block: RAMBlock, runs: Runs) -> list[memoryview]:
+    """The memory of each run."""
+    memory = block.memory
+    return [memory[start:end] for start, end in (runs.cumsum(axis=1) * PAGE_SIZE).tolist()]
