@@ -1,0 +1,1 @@
+"""How other programs steer a running machine."""

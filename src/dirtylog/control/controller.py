@@ -1,0 +1,143 @@
+"""One machine in the hands of its operators: its migrations, and how it ends."""
+
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+from queue import SimpleQueue
+from typing import Any
+
+from dirtylog.errors import DirtylogError, HostError, UsageError
+from dirtylog.machine import Machine, RunState
+from dirtylog.machine.machine import ENDED
+from dirtylog.migration import (
+    IncomingMigration,
+    Listener,
+    OutgoingMigration,
+    Parameters,
+    Status,
+    parse_address,
+)
+
+_JOIN_TIMEOUT = 15.0
+
+
+class Controller:
+    """What may be done to a machine, whoever asks: a person, QMP, a signal. Owns the machine.
+
+    Attributes:
+        machine: what it controls.
+        parameters: of the migration under way and of later ones.
+        outgoing: the last migration away from here, or None.
+        migration_observers: told each new status of a migration away from here.
+    """
+
+    def __init__(self, machine: Machine) -> None:
+        self.machine = machine
+        self.parameters = Parameters()
+        self.outgoing: OutgoingMigration | None = None
+        self.migration_observers: list[Callable[[Status], None]] = []
+        self._lock = threading.Lock()
+        self._threads: list[threading.Thread] = []
+        self._incoming: IncomingMigration | None = None
+        # SimpleQueue, since a signal's handler may put into it at any moment.
+        self._outcome: SimpleQueue[DirtylogError | None] = SimpleQueue()
+        machine.observers.append(self._machine_changed)
+
+    def quit(self) -> None:
+        """Have `wait` return. May be called from a signal's handler."""
+        self._outcome.put(None)
+
+    def wait(self) -> None:
+        """Wait until somebody quits, or the machine cannot go on.
+
+        Raises:
+            DirtylogError: why it cannot.
+        """
+        outcome = self._outcome.get()
+        if outcome is not None:
+            raise outcome
+
+    def fail(self, error: DirtylogError) -> None:
+        """Have `wait` raise an error."""
+        self._outcome.put(error)
+
+    def close(self) -> None:
+        """Cancel migrations, end the machine, give its memory up; idempotent."""
+        if self.outgoing is not None:
+            self.outgoing.cancel()
+        if self._incoming is not None:
+            self._incoming.abort()
+        for thread in self._threads:
+            thread.join(_JOIN_TIMEOUT)
+            if thread.is_alive():
+                raise HostError(f"{thread.name} did not end within {_JOIN_TIMEOUT:.0f} s")
+        self.machine.close()
+
+    def migrate(self, uri: str) -> None:
+        """Begin to migrate the machine away.
+
+        Raises:
+            UsageError: the address is none, or the machine is not in a state to be migrated.
+        """
+        address = parse_address(uri)
+        with self._lock:
+            self._check_migratable()
+            outgoing = OutgoingMigration(self.machine, address, self.parameters, observe=self._migration_changed)
+            self.outgoing = outgoing
+            self._start("migration", outgoing.run, fatal=False)
+
+    def cancel_migration(self) -> None:
+        """Cancel the migration away from here, if there is one and it has not let go of the guest."""
+        if self.outgoing is not None:
+            self.outgoing.cancel()
+
+    def change_parameters(self, **changes: Any) -> None:
+        """Change some of the parameters, of a migration under way too.
+
+        Raises:
+            UsageError: a value is out of range; nothing has changed then.
+        """
+        with self._lock:
+            self.parameters = replace(self.parameters, **changes)
+            if self.outgoing is not None:
+                self.outgoing.parameters = self.parameters
+
+    def receive(self, listener: Listener) -> None:
+        """Wait for a machine to arrive here; `wait` raises if that fails."""
+        with self._lock:
+            self._incoming = IncomingMigration(self.machine, listener)
+            self._start("incoming-migration", self._incoming.run, fatal=True)
+
+    def _check_migratable(self) -> None:
+        if self.outgoing is not None and not self.outgoing.ended:
+            raise UsageError("a migration is under way", remedy="wait for it, or cancel it with migrate_cancel")
+        if self.machine.state is RunState.INMIGRATE:
+            raise UsageError("the guest has not arrived here yet", remedy="wait for the incoming migration to end")
+        if self.machine.state is RunState.POSTMIGRATE:
+            raise UsageError(
+                "the guest was migrated away already", remedy="'cont' takes it back if it does not run there"
+            )
+        if self.machine.state in ENDED:
+            raise UsageError(f"the guest has ended ({self.machine.state.value})")
+
+    def _start(self, name: str, target: Callable[[], None], *, fatal: bool) -> None:
+        def run() -> None:
+            try:
+                target()
+            except DirtylogError as error:
+                if fatal:
+                    self.fail(error)
+                # Otherwise the migration itself holds its error, for whoever asks, and the guest goes on.
+
+        thread = threading.Thread(target=run, name=name, daemon=True)
+        self._threads.append(thread)
+        thread.start()
+
+    def _machine_changed(self, old: RunState, new: RunState) -> None:
+        del old
+        if new in ENDED:
+            self._outcome.put(self.machine.failure)
+
+    def _migration_changed(self, status: Status) -> None:
+        for observer in tuple(self.migration_observers):
+            observer(status)
