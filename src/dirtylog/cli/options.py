@@ -1,0 +1,36 @@
+"""Types of options that carry a unit, and the text that their help shows."""
+
+from collections.abc import Callable
+from typing import Any, Final
+
+import click
+
+from dirtylog.errors import UsageError
+from dirtylog.units import parse_duration, parse_rate, parse_size
+
+
+class UnitType(click.ParamType):  # type: ignore[type-arg]  # generic only in recent releases of click
+    """An option's type whose text one of the parsers of `dirtylog.units` understands.
+
+    Args:
+        name: shown in capitals where the help names the value.
+        parse: from text to a number; raises UsageError.
+    """
+
+    def __init__(self, name: str, parse: Callable[[str], float]) -> None:
+        self.name = name
+        self._parse = parse
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """The number that the text stands for; a default that is a number already stays as it is."""
+        if not isinstance(value, str):
+            return value
+        try:
+            return self._parse(value)
+        except UsageError as error:
+            self.fail(str(error), param, ctx)
+
+
+SIZE: Final = UnitType("size", parse_size)
+RATE: Final = UnitType("rate", parse_rate)
+DURATION: Final = UnitType("duration", parse_duration)
