@@ -1,0 +1,31 @@
+# Every target but help and clean first brings .venv up to date, which takes no time when it is.
+# DIRTYLOG_REQUIRE=kvm,... in the environment turns tests that would be skipped into failures: see CONTRIBUTING.md.
+BIN := .venv/bin
+
+.PHONY: help setup check test demo bench clean
+.DEFAULT_GOAL := help
+
+help:  ## show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "make %-7s %s\n", $$1, $$2}' Makefile
+
+setup:  ## make .venv, with all that the other targets need (PYTHON=... chooses the interpreter)
+	@PYTHON='$(PYTHON)' tools/setup
+
+check: setup  ## formatting, lint and types
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/mypy
+
+test: check  ## check, then the whole test suite
+	$(BIN)/pytest
+
+demo: setup  ## migrate a running guest between two processes and show it
+	$(BIN)/python examples/live_migration.py
+
+bench: setup  ## compare with QEMU; installs Debian's qemu-system-x86 where there is no QEMU
+	@command -v qemu-system-x86_64 >/dev/null || tools/apt-install qemu-system-x86
+	$(BIN)/python benchmarks/versus_qemu.py
+
+clean:  ## remove .venv and all that the tools left
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
