@@ -1,7 +1,10 @@
 """``dirtylog migrate``: drive a migration over QMP, and show how it goes."""
 
-from contextlib import nullcontext
-from typing import Any, Final
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Final
 
 import click
 import msgspec
@@ -10,8 +13,10 @@ from rich.live import Live
 
 from dirtylog.cli.migration_report import progress_line, progress_table, report
 from dirtylog.cli.options import DURATION, RATE, SIZE
+from dirtylog.control.commands import MigrationInfo
 from dirtylog.control.qmp import QMPClient
-from dirtylog.errors import CancelledError, PeerError
+from dirtylog.errors import CancelledError, PeerError, ProtocolError, UsageError
+from dirtylog.migration import Parameters, parse_address
 
 _POLL_SECONDS: Final = 0.1
 _ENDED: Final = frozenset({"completed", "failed", "cancelled"})
@@ -45,58 +50,90 @@ def command(
     URI is what the other side was given with 'dirtylog run --incoming': unix:PATH or tcp:HOST:PORT. The guest runs on
     meanwhile, and stays where it is if this fails, or is ended with Ctrl-C.
     """
-    with QMPClient(qmp_path) as qmp:
-        qmp.execute(
-            "migrate-set-parameters",
-            downtime_limit=round(max_downtime * 1000),
-            max_bandwidth=bandwidth,
-            x_clear_chunk=clear_chunk,
-            x_verify=verify,
-        )
-        qmp.execute("migrate", uri=uri)
-        try:
-            info = _follow(qmp, Console(quiet=as_json, highlight=False))
-        except KeyboardInterrupt:
-            info = _cancel(qmp)
+    parse_address(uri)
+    parameters = Parameters(
+        downtime_limit=max_downtime, max_bandwidth=bandwidth, clear_chunk=clear_chunk, verify=verify
+    )
+    console = Console(quiet=as_json, highlight=False, markup=False, emoji=False)
+    with QMPClient(qmp_path) as qmp, _interrupts() as interrupted:
+        _begin(qmp, uri, parameters)
+        info = _follow(qmp, console, interrupted)
         _check(qmp, info)
     if as_json:
         click.echo(msgspec.json.format(msgspec.json.encode(info)).decode())
     else:
-        Console(highlight=False).print(report(info))
+        console.print(report(info))
 
 
-def _follow(qmp: QMPClient, console: Console) -> dict[str, Any]:
+@contextmanager
+def _interrupts() -> Iterator[threading.Event]:
+    """An event that Ctrl-C sets. An exception could come in the midst of a reply, and lose a part of it."""
+    interrupted = threading.Event()
+    previous = signal.signal(signal.SIGINT, lambda *_: interrupted.set())
+    try:
+        yield interrupted
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+def _begin(qmp: QMPClient, uri: str, parameters: Parameters) -> None:
+    earlier = _query(qmp)
+    if earlier is not None and earlier.status not in _ENDED:
+        # Parameters would change those of that migration.
+        raise UsageError(
+            f"the guest is being migrated already ({earlier.status})",
+            remedy="wait for that migration to end, or cancel it with migrate_cancel over QMP",
+        )
+    qmp.execute(
+        "migrate-set-parameters",
+        downtime_limit=round(parameters.downtime_limit * 1000),
+        max_bandwidth=parameters.max_bandwidth,
+        x_clear_chunk=parameters.clear_chunk,
+        x_verify=parameters.verify,
+    )
+    qmp.execute("migrate", uri=uri)
+
+
+def _query(qmp: QMPClient) -> MigrationInfo | None:
+    """The last migration, if there was one."""
+    reply = qmp.execute("query-migrate")
+    try:
+        return msgspec.convert(reply, MigrationInfo) if reply else None
+    except msgspec.ValidationError as error:
+        raise ProtocolError(
+            f"the QMP server does not describe migrations as dirtylog does: {error}",
+            remedy="name the QMP socket of a 'dirtylog run', of the same version",
+        ) from error
+
+
+def _follow(qmp: QMPClient, console: Console, interrupted: threading.Event) -> MigrationInfo:
     """Show progress until the migration has ended: in place on a terminal, else a line for each change of pass."""
     shown = None
-    with Live(console=console, refresh_per_second=10, transient=True) if console.is_terminal else nullcontext() as live:
+    in_place = console.is_terminal and not (console.is_dumb_terminal or console.quiet)
+    with Live(console=console, refresh_per_second=10, transient=True) if in_place else nullcontext() as live:
         while True:
-            info: dict[str, Any] = qmp.execute("query-migrate")
-            now = (info["status"], len(info.get("x-passes", ())))
+            info = _query(qmp)
+            if info is None:
+                raise ProtocolError("the QMP server has forgotten the migration")
+            now = (info.status, info.ram.dirty_sync_count)
             if live is not None:
                 live.update(progress_table(info))
             elif now != shown:
                 console.print(progress_line(info), soft_wrap=True)
             shown = now
-            if info["status"] in _ENDED:
+            if info.status in _ENDED:
                 return info
+            if interrupted.is_set():
+                interrupted.clear()
+                qmp.execute("migrate_cancel")
             qmp.next_event(_POLL_SECONDS)
 
 
-def _cancel(qmp: QMPClient) -> dict[str, Any]:
-    qmp.execute("migrate_cancel")
-    while True:
-        info: dict[str, Any] = qmp.execute("query-migrate")
-        if info["status"] in _ENDED:
-            return info
-        qmp.next_event(_POLL_SECONDS)
-
-
-def _check(qmp: QMPClient, info: dict[str, Any]) -> None:
+def _check(qmp: QMPClient, info: MigrationInfo) -> None:
     """Raise if the migration did not complete, with what became of the guest."""
-    if info["status"] == "completed":
+    if info.status == "completed":
         return
-    state = qmp.execute("query-status")["status"]
-    guest = f"the guest is {state} on the source"
-    if info["status"] == "cancelled":
+    guest = f"the guest is {qmp.execute('query-status')['status']} on the source"
+    if info.status == "cancelled":
         raise CancelledError(f"the migration was cancelled; {guest}")
-    raise PeerError(f"the migration failed, {guest}: {info.get('error-desc', 'no reason was given')}")
+    raise PeerError(f"the migration failed, {guest}: {info.error_desc or 'no reason was given'}")

@@ -12,7 +12,7 @@ import click
 from dirtylog.cli.options import SIZE
 from dirtylog.cli.serial_output import SerialOutput
 from dirtylog.control.commands import Commands, emit_events
-from dirtylog.control.controller import Controller
+from dirtylog.control.controller import Controller, ShutdownCause
 from dirtylog.control.qmp import CommandRegistry, QMPServer
 from dirtylog.errors import HostError, UsageError
 from dirtylog.machine import BootMode, KVMMachine, boot_flat, boot_sector
@@ -35,19 +35,25 @@ class Image:
         Raises:
             UsageError: it is missing, empty, too large, or cannot be started that way.
         """
+        content = self._read(sum(block.size for block in machine.memory.blocks.values()))
+        if self.load_address is None:
+            boot_sector(machine, content)
+        else:
+            boot_flat(machine, content, self.load_address, entry=self.entry, mode=self.mode)
+
+    def _read(self, limit: int) -> bytes:
         try:
-            if self.path.stat().st_size > sum(block.size for block in machine.memory.blocks.values()):
-                raise UsageError(f"the image {self.path} is larger than memory", remedy="give more with --memory")
-            content = self.path.read_bytes()
+            with self.path.open("rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                content = file.read(limit + 1) if size <= limit else b""  # what is no file tells no size
         except OSError as error:
             raise UsageError(
                 f"the image {self.path} cannot be read: {error.strerror}",
                 remedy="name a boot image; 'dirtylog guest' writes one",
             ) from error
-        if self.load_address is None:
-            boot_sector(machine, content)
-        else:
-            boot_flat(machine, content, self.load_address, entry=self.entry, mode=self.mode)
+        if max(size, len(content)) > limit:
+            raise UsageError(f"the image {self.path} is larger than memory", remedy="give more with --memory")
+        return content
 
 
 @click.command("run")
@@ -56,8 +62,15 @@ class Image:
 @click.option("--cpus", type=click.IntRange(1, 255), default=1, show_default=True, help="How many vCPUs.")
 @click.option("--qmp", metavar="PATH", help="Serve QMP on a Unix socket there. Whoever can open it controls the guest.")
 @click.option("--incoming", metavar="URI", help="Boot nothing; take a guest over that is migrated to URI.")
-@click.option("--serial", metavar="PATH", help="Write the guest's serial output to a file, not to standard output.")
-@click.option("--accel", type=click.Choice(["kvm"]), default="kvm", show_default=True, help="What runs the guest.")
+@click.option("--serial", metavar="PATH", help="Write the guest's serial output there, not to standard output.")
+@click.option(
+    "--accel",
+    type=click.Choice(["kvm"]),
+    default="kvm",
+    show_default=True,
+    expose_value=False,
+    help="What runs the guest.",
+)
 @click.option(
     "--dirty-log",
     type=click.Choice([mode.value for mode in KVMLogMode]),
@@ -80,68 +93,94 @@ def command(
     qmp: str | None,
     incoming: str | None,
     serial: str | None,
-    accel: str,
     dirty_log: str | None,
     load_address: int | None,
     entry: int | None,
     mode: str,
     paused: bool,
 ) -> None:
-    """Run the boot image IMAGE as a guest, until it ends, 'quit' comes over QMP, or SIGINT or SIGTERM.
+    """Run the boot image IMAGE as a guest, until it ends, or 'quit' over QMP, SIGINT or SIGTERM ends it.
 
     IMAGE is started as a PC BIOS starts a disk: its first 512 bytes at 0x7c00, in real mode. The guest has a serial
     port at 0x3f8, whose output is printed.
 
     With --incoming the memory must be as large as the source's, and IMAGE is not needed.
     """
-    del accel
-    if image is None and incoming is None:
-        raise UsageError("there is nothing to run", remedy="name an IMAGE, or wait for a guest with --incoming URI")
+    boots = None if image is None else Image(image, load_address, entry, BootMode(mode))
+    _check_options(boots, incoming, paused=paused)
     with ExitStack() as stack:
-        output = _open_serial(stack, serial)
-        listener = None
-        if incoming is not None:
-            listener = Listener(parse_address(incoming))
-            stack.callback(listener.close)
-        machine = KVMMachine(
-            memory, cpus=cpus, log_mode=None if dirty_log is None else KVMLogMode(dirty_log), transmit=output
-        )
+        listener = None if incoming is None else _listen(stack, incoming)
+        log_mode = None if dirty_log is None else KVMLogMode(dirty_log)
+        machine = KVMMachine(memory, cpus=cpus, log_mode=log_mode, transmit=_open_serial(stack, serial))
         controller = Controller(machine)
-        stack.callback(controller.close)
-        if qmp is not None:
-            stack.callback(_serve(controller, qmp).close)
         _end_on_signals(stack, controller)
+        stack.callback(controller.close)
+        server = None if qmp is None else _prepare_server(stack, controller, qmp)
         if listener is not None:
             controller.receive(listener)
-            click.echo(f"dirtylog: waiting for a guest at {listener.address}", err=True)
-        elif image is not None:
-            Image(image, load_address, entry, BootMode(mode)).boot(machine)
+        elif boots is not None:
+            boots.boot(machine)
             if not paused:
                 machine.resume()
+        if server is not None:
+            server.start()  # only now, so that no client meets a machine that is not what it is to be
+        if listener is not None:
+            click.echo(f"dirtylog: waiting for a guest at {listener.address}", err=True)
         controller.wait()
 
 
-def _serve(controller: Controller, path: str) -> QMPServer:
+def _check_options(image: Image | None, incoming: str | None, *, paused: bool) -> None:
+    if image is None and incoming is None:
+        raise UsageError("there is nothing to run", remedy="name an IMAGE, or wait for a guest with --incoming URI")
+    if incoming is not None and paused:
+        raise UsageError(
+            "--paused cannot hold a guest that arrives with --incoming",
+            remedy="leave it out; a guest that is stopped before it is migrated arrives stopped",
+        )
+    if (
+        image is not None
+        and image.load_address is None
+        and (image.entry is not None or image.mode is not BootMode.REAL)
+    ):
+        raise UsageError(
+            "--entry and --mode are for flat binaries, and IMAGE is a boot sector without a load address",
+            remedy="say with --load-address where a flat binary is to be loaded",
+        )
+
+
+def _listen(stack: ExitStack, uri: str) -> Listener:
+    listener = Listener(parse_address(uri))
+    stack.callback(listener.close)
+    return listener
+
+
+def _prepare_server(stack: ExitStack, controller: Controller, path: str) -> QMPServer:
     registry = CommandRegistry()
     Commands(controller).register(registry)
     server = QMPServer(path, registry, on_failure=controller.fail)
+    stack.callback(server.close)
     emit_events(controller, server)
-    server.start()
     return server
 
 
-def _open_serial(stack: ExitStack, path: str | None) -> SerialOutput:
+def _open_serial(stack: ExitStack, path: str | None) -> SerialOutput | None:
+    """Where serial output goes; nowhere if there is no standard output."""
+
     def complain(error: OSError) -> None:
         click.echo(f"dirtylog: warning: serial output is lost from here on: {error.strerror}", err=True)
 
-    if path is None:
-        fd = sys.stdout.fileno()
-    else:
+    if path is not None:
         try:
             fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
         except OSError as error:
-            raise HostError(f"cannot write serial output to {path}: {error.strerror}") from error
+            raise HostError(
+                f"cannot write serial output to {path}: {error.strerror}", remedy="choose a place you may write to"
+            ) from error
         stack.callback(os.close, fd)
+    elif sys.stdout is not None:
+        fd = sys.stdout.fileno()
+    else:
+        return None
     output = SerialOutput(fd, complain)
     stack.callback(output.close)
     return output
@@ -149,5 +188,5 @@ def _open_serial(stack: ExitStack, path: str | None) -> SerialOutput:
 
 def _end_on_signals(stack: ExitStack, controller: Controller) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
-        previous = signal.signal(number, lambda *_: controller.quit())
+        previous = signal.signal(number, lambda *_: controller.quit(ShutdownCause.HOST_SIGNAL))
         stack.callback(signal.signal, number, previous)

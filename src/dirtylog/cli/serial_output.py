@@ -13,7 +13,7 @@ _CLOSE_SECONDS: Final = 2.0
 class SerialOutput:
     """Writes what it is given to a file descriptor, in a thread of its own.
 
-    A reader that is too slow loses bytes once a MiB waits for it; a vCPU that waited for it could not be stopped.
+    A reader that is too slow loses bytes while a MiB waits for it; a vCPU that waited for it could not be stopped.
 
     Args:
         fd: where to write; its owner closes it after this.
@@ -26,12 +26,13 @@ class SerialOutput:
         self._queue: SimpleQueue[bytes | None] = SimpleQueue()
         self._taken = 0
         self._written = 0
+        self._failed = False
         self._thread = threading.Thread(target=self._main, name="serial-output", daemon=True)
         self._thread.start()
 
     def __call__(self, data: bytes) -> None:
         """Take bytes; one thread at a time."""
-        if self._taken - self._written < _MAX_BACKLOG:
+        if not self._failed and self._taken - self._written < _MAX_BACKLOG:
             self._taken += len(data)
             self._queue.put(data)
 
@@ -48,5 +49,5 @@ class SerialOutput:
                     rest = rest[os.write(self._fd, rest) :]
                 self._written += len(data)
         except OSError as error:
-            self._taken = self._written + _MAX_BACKLOG
+            self._failed = True
             self._on_error(error)

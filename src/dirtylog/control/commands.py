@@ -4,21 +4,26 @@ Names, arguments and results are those of QEMU's QAPI schema (qapi/run-state.jso
 QEMU does not have starts with ``x-``.
 """
 
-from pathlib import Path
-from typing import Annotated, Any
+import math
+from collections.abc import Sequence
+from typing import Annotated, Any, Final
 
 from msgspec import UNSET, Meta, Struct, UnsetType
 
-from dirtylog.control.controller import Controller
+from dirtylog.control.controller import Controller, ShutdownCause
 from dirtylog.control.qmp import Arguments, CommandRegistry, NoArguments, QMPServer
 from dirtylog.errors import HostError, UsageError
 from dirtylog.machine import KVMMachine, RunState
-from dirtylog.machine.machine import ENDED
+from dirtylog.memory import AddressSpace
 from dirtylog.migration import OutgoingMigration, PassStatistics, Status
 from dirtylog.units import MIB, PAGE_SIZE
 
-_MILLISECOND = 1e-3
-_MEGABIT = 1e6
+MOST_PASSES: Final = 100
+"""How many passes x-passes holds: a migration that does not converge makes hundreds a second, for ever."""
+
+_MILLISECONDS: Final = 1e3
+_MICROSECONDS: Final = 1e6
+_MEGABIT: Final = 1e6
 
 
 class MigrateArguments(Arguments, frozen=True):
@@ -29,9 +34,12 @@ class MigrateArguments(Arguments, frozen=True):
 
 
 class MigrationParameters(Arguments, frozen=True, omit_defaults=True):
-    """Arguments of migrate-set-parameters, and result of query-migrate-parameters: milliseconds, bytes (a second)."""
+    """Arguments of migrate-set-parameters, and result of query-migrate-parameters: milliseconds, bytes (a second).
 
-    downtime_limit: Annotated[int, Meta(ge=0)] | UnsetType = UNSET
+    `Parameters` has the bounds; those here are QEMU's, and keep what is no reasonable number out of arithmetic.
+    """
+
+    downtime_limit: Annotated[int, Meta(ge=0, le=2_000_000)] | UnsetType = UNSET
     max_bandwidth: Annotated[int, Meta(ge=0)] | UnsetType = UNSET
     x_clear_chunk: Annotated[int, Meta(ge=1)] | UnsetType = UNSET
     x_verify: bool | UnsetType = UNSET
@@ -52,11 +60,7 @@ class StatusInfo(Struct, frozen=True):
     status: str
 
 
-class _Kebab(Struct, frozen=True, rename="kebab", omit_defaults=True):
-    pass
-
-
-class RAMInfo(_Kebab, frozen=True, omit_defaults=False):
+class RAMInfo(Struct, frozen=True, rename="kebab"):
     """MigrationStats: bytes, pages where the name says so, rates a second."""
 
     transferred: int
@@ -72,8 +76,8 @@ class RAMInfo(_Kebab, frozen=True, omit_defaults=False):
     pages_per_second: int
 
 
-class PassInfo(_Kebab, frozen=True, omit_defaults=False):
-    """One pass, for x-passes: see `migration.PassStatistics`. Times in seconds."""
+class PassInfo(Struct, frozen=True, rename="kebab"):
+    """One pass, for x-passes: see `migration.PassStatistics`. Times in seconds; expected-downtime may be unknown."""
 
     number: int
     pages: int
@@ -83,23 +87,26 @@ class PassInfo(_Kebab, frozen=True, omit_defaults=False):
     starved: float
     dirtied: int
     bandwidth: float
-    expected_downtime: float
+    expected_downtime: float | None
 
 
-class MigrationInfo(_Kebab, frozen=True):
-    """Result of query-migrate. Times in milliseconds, but for x-passes; empty if there was no migration."""
+class MigrationInfo(Struct, frozen=True, kw_only=True, rename="kebab", omit_defaults=True):
+    """Result of query-migrate if there was a migration. Times in milliseconds where the name does not say else.
 
-    status: str | UnsetType = UNSET
-    total_time: int | UnsetType = UNSET
-    setup_time: int | UnsetType = UNSET
-    expected_downtime: int | UnsetType = UNSET
-    downtime: int | UnsetType = UNSET
-    error_desc: str | UnsetType = UNSET
-    ram: RAMInfo | UnsetType = UNSET
-    x_passes: list[PassInfo] | UnsetType = UNSET
-    x_downtime_us: int | UnsetType = UNSET
-    x_verify_us: int | UnsetType = UNSET
-    x_digests: dict[str, str] | UnsetType = UNSET
+    x-passes has the last `MOST_PASSES` passes, in order; x-digests is there after a migration that compared memory.
+    """
+
+    status: str
+    total_time: int
+    setup_time: int
+    ram: RAMInfo
+    expected_downtime: int | None = None
+    downtime: int | None = None
+    error_desc: str | None = None
+    x_passes: list[PassInfo]
+    x_downtime_us: int | None = None
+    x_verify_us: int | None = None
+    x_digests: dict[str, str] | None = None
 
 
 class Commands:
@@ -114,13 +121,16 @@ class Commands:
         registry.add("query-status", NoArguments, self._query_status)
         registry.add("stop", NoArguments, lambda _: self._machine.pause())
         registry.add("cont", NoArguments, lambda _: self._machine.resume())
-        registry.add("quit", NoArguments, lambda _: None, after_reply=self._controller.quit)
+        registry.add("quit", NoArguments, lambda _: None, after_reply=self._quit)
         registry.add("migrate", MigrateArguments, lambda arguments: self._controller.migrate(arguments.uri))
         registry.add("migrate_cancel", NoArguments, lambda _: self._controller.cancel_migration())
         registry.add("migrate-set-parameters", MigrationParameters, self._set_parameters)
         registry.add("query-migrate-parameters", NoArguments, self._query_parameters)
         registry.add("query-migrate", NoArguments, self._query_migrate)
         registry.add("pmemsave", PmemsaveArguments, self._pmemsave)
+
+    def _quit(self) -> None:
+        self._controller.quit(ShutdownCause.HOST_QMP_QUIT)
 
     def _query_status(self, _: NoArguments) -> StatusInfo:
         state = self._machine.state
@@ -129,7 +139,7 @@ class Commands:
     def _set_parameters(self, wanted: MigrationParameters) -> None:
         changes: dict[str, Any] = {}
         if not isinstance(wanted.downtime_limit, UnsetType):
-            changes["downtime_limit"] = wanted.downtime_limit * _MILLISECOND
+            changes["downtime_limit"] = wanted.downtime_limit / _MILLISECONDS
         if not isinstance(wanted.max_bandwidth, UnsetType):
             changes["max_bandwidth"] = wanted.max_bandwidth
         if not isinstance(wanted.x_clear_chunk, UnsetType):
@@ -141,86 +151,111 @@ class Commands:
     def _query_parameters(self, _: NoArguments) -> MigrationParameters:
         now = self._controller.parameters
         return MigrationParameters(
-            downtime_limit=round(now.downtime_limit / _MILLISECOND),
+            downtime_limit=_ms(now.downtime_limit),
             max_bandwidth=now.max_bandwidth,
             x_clear_chunk=now.clear_chunk,
             x_verify=now.verify,
         )
 
-    def _query_migrate(self, _: NoArguments) -> MigrationInfo:
+    def _query_migrate(self, _: NoArguments) -> MigrationInfo | None:
         outgoing = self._controller.outgoing
-        return MigrationInfo() if outgoing is None else describe(outgoing)
+        return None if outgoing is None else describe(outgoing)
 
     def _pmemsave(self, wanted: PmemsaveArguments) -> None:
         machine = self._machine
         if not isinstance(machine, KVMMachine):
             raise UsageError(f"a machine of kind {machine.kind!r} has no physical memory")
+        if "\0" in wanted.filename:
+            raise UsageError(f"{wanted.filename!r} cannot be the name of a file")
         end = wanted.val + wanted.size
+        _check_memory(machine.system, wanted.val, end)
         try:
-            with Path(wanted.filename).open("wb") as file:
+            with open(wanted.filename, "wb") as file:
                 file.writelines(machine.system.read(low, min(MIB, end - low)) for low in range(wanted.val, end, MIB))
         except OSError as error:
-            raise HostError(f"cannot write {wanted.filename}: {error.strerror}") from error
+            raise HostError(
+                f"cannot write {wanted.filename!r}: {error.strerror}",
+                remedy="choose a place that the machine may write to",
+            ) from error
+
+
+def _check_memory(system: AddressSpace, low: int, end: int) -> None:
+    """Refuse a range that is not memory from end to end."""
+    while low < end:
+        flat = system.view.lookup(low)
+        if flat is None:
+            raise UsageError(f"there is no memory at {low:#x}")
+        low = flat.end
 
 
 def describe(outgoing: OutgoingMigration) -> MigrationInfo:
     """A migration as query-migrate shows it."""
-    statistics, status = outgoing.statistics, outgoing.status
-    elapsed = outgoing.elapsed
-    last = statistics.passes[-1] if statistics.passes else PassStatistics(0)
-    running_passes = [one for one in statistics.passes if one.seconds]
-    expected = next((one.expected_downtime for one in reversed(running_passes) if one.expected_downtime), None)
-    rate = (
-        statistics.bytes / elapsed if outgoing.ended and elapsed else last.bandwidth or _last_bandwidth(running_passes)
-    )
+    status = outgoing.status  # first: what it stands for was in place before it
+    statistics, completed = outgoing.statistics, status is Status.COMPLETED
+    passes = list(statistics.passes)
+    expected = None if outgoing.ended else next(filter(None, map(_expected_downtime, reversed(passes))), None)
     return MigrationInfo(
         status=status.value,
-        total_time=_ms(elapsed),
+        total_time=_ms(outgoing.elapsed),
         setup_time=_ms(statistics.setup_seconds),
-        expected_downtime=UNSET if outgoing.ended or expected is None or expected == float("inf") else _ms(expected),
-        downtime=_ms(statistics.downtime) if status is Status.COMPLETED else UNSET,
-        error_desc=str(outgoing.error) if outgoing.error is not None else UNSET,
-        ram=RAMInfo(
-            transferred=statistics.bytes,
-            remaining=0 if status is Status.COMPLETED else statistics.remaining_pages * PAGE_SIZE,
-            total=statistics.total_bytes,
-            duplicate=statistics.zero_pages,
-            normal=statistics.pages,
-            normal_bytes=statistics.pages * PAGE_SIZE,
-            dirty_pages_rate=round(statistics.dirty_rate),
-            mbps=rate * 8 / _MEGABIT,
-            dirty_sync_count=len(statistics.passes),
-            page_size=PAGE_SIZE,
-            pages_per_second=round(rate / PAGE_SIZE),
-        ),
-        x_passes=[_pass_info(one) for one in statistics.passes],
-        x_downtime_us=round(statistics.downtime * 1e6) if status is Status.COMPLETED else UNSET,
-        x_verify_us=round(statistics.verify_seconds * 1e6) if statistics.digests else UNSET,
-        x_digests={name: digest.hex() for name, digest in statistics.digests.items()} or UNSET,
+        expected_downtime=None if expected is None else _ms(expected),
+        downtime=_ms(statistics.downtime) if completed else None,
+        error_desc=str(outgoing.error) if status is Status.FAILED else None,
+        ram=_ram_info(outgoing, passes),
+        x_passes=[_pass_info(one) for one in passes[-MOST_PASSES:]],
+        x_downtime_us=round(statistics.downtime * _MICROSECONDS) if completed else None,
+        x_verify_us=round(statistics.verify_seconds * _MICROSECONDS) if statistics.digests else None,
+        x_digests={name: digest.hex() for name, digest in statistics.digests.items()} or None,
     )
 
 
-def _last_bandwidth(passes: list[PassStatistics]) -> float:
-    return passes[-1].bandwidth if passes else 0.0
+def _ram_info(outgoing: OutgoingMigration, passes: Sequence[PassStatistics]) -> RAMInfo:
+    statistics = outgoing.statistics
+    rate = _rate(outgoing, passes)
+    return RAMInfo(
+        transferred=statistics.bytes,
+        remaining=0 if outgoing.status is Status.COMPLETED else statistics.remaining_pages * PAGE_SIZE,
+        total=statistics.total_bytes,
+        duplicate=statistics.zero_pages,
+        normal=statistics.pages,
+        normal_bytes=statistics.pages * PAGE_SIZE,
+        dirty_pages_rate=round(statistics.dirty_rate),
+        mbps=rate * 8 / _MEGABIT,
+        dirty_sync_count=len(passes),
+        page_size=PAGE_SIZE,
+        pages_per_second=round(rate / PAGE_SIZE),
+    )
+
+
+def _rate(outgoing: OutgoingMigration, passes: Sequence[PassStatistics]) -> float:
+    """Bytes a second: on average if it has ended, else lately."""
+    if outgoing.ended and outgoing.elapsed:
+        return outgoing.statistics.bytes / outgoing.elapsed
+    latest = next((one for one in reversed(passes) if one.seconds), None)
+    return 0.0 if latest is None else latest.bandwidth or latest.bytes / latest.seconds
+
+
+def _expected_downtime(one: PassStatistics) -> float | None:
+    """Seconds, if anything is known of the link."""
+    return one.expected_downtime if 0 < one.expected_downtime < math.inf else None
 
 
 def _pass_info(one: PassStatistics) -> PassInfo:
-    expected = one.expected_downtime if one.expected_downtime != float("inf") else 0.0
     return PassInfo(
-        one.number,
-        one.pages,
-        one.zero_pages,
-        one.bytes,
-        one.seconds,
-        one.starved,
-        one.dirtied,
-        one.bandwidth,
-        expected,
+        number=one.number,
+        pages=one.pages,
+        zero_pages=one.zero_pages,
+        bytes=one.bytes,
+        seconds=one.seconds,
+        starved=one.starved,
+        dirtied=one.dirtied,
+        bandwidth=one.bandwidth,
+        expected_downtime=_expected_downtime(one),
     )
 
 
 def _ms(seconds: float) -> int:
-    return round(seconds / _MILLISECOND)
+    return round(seconds * _MILLISECONDS)
 
 
 def emit_events(controller: Controller, server: QMPServer) -> None:
@@ -231,8 +266,10 @@ def emit_events(controller: Controller, server: QMPServer) -> None:
             server.emit("RESUME")
         elif old is RunState.RUNNING:
             server.emit("STOP")
-        if new in ENDED:
-            server.emit("SHUTDOWN", {"guest": True, "reason": "guest-shutdown"})
+
+    def shut_down(cause: ShutdownCause) -> None:
+        server.emit("SHUTDOWN", {"guest": cause.by_guest, "reason": cause.value})
 
     controller.machine.observers.append(state_changed)
+    controller.shutdown_observers.append(shut_down)
     controller.migration_observers.append(lambda status: server.emit("MIGRATION", {"status": status.value}))

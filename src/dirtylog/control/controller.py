@@ -1,10 +1,12 @@
 """One machine in the hands of its operators: its migrations, and how it ends."""
 
+import contextlib
 import threading
 from collections.abc import Callable
 from dataclasses import replace
+from enum import Enum
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, Final
 
 from dirtylog.errors import DirtylogError, HostError, UsageError
 from dirtylog.machine import Machine, RunState
@@ -18,7 +20,21 @@ from dirtylog.migration import (
     parse_address,
 )
 
-_JOIN_TIMEOUT = 15.0
+_JOIN_TIMEOUT: Final = 15.0
+
+
+class ShutdownCause(Enum):
+    """Why a machine ends, in QEMU's words."""
+
+    HOST_ERROR = "host-error"
+    HOST_QMP_QUIT = "host-qmp-quit"
+    HOST_SIGNAL = "host-signal"
+    GUEST_SHUTDOWN = "guest-shutdown"
+
+    @property
+    def by_guest(self) -> bool:
+        """Whether the guest itself did it."""
+        return self is ShutdownCause.GUEST_SHUTDOWN
 
 
 class Controller:
@@ -29,6 +45,7 @@ class Controller:
         parameters: of the migration under way and of later ones.
         outgoing: the last migration away from here, or None.
         migration_observers: told each new status of a migration away from here.
+        shutdown_observers: told by `wait` why it returns.
     """
 
     def __init__(self, machine: Machine) -> None:
@@ -36,16 +53,21 @@ class Controller:
         self.parameters = Parameters()
         self.outgoing: OutgoingMigration | None = None
         self.migration_observers: list[Callable[[Status], None]] = []
+        self.shutdown_observers: list[Callable[[ShutdownCause], None]] = []
         self._lock = threading.Lock()
         self._threads: list[threading.Thread] = []
         self._incoming: IncomingMigration | None = None
         # SimpleQueue, since a signal's handler may put into it at any moment.
-        self._outcome: SimpleQueue[DirtylogError | None] = SimpleQueue()
+        self._endings: SimpleQueue[tuple[ShutdownCause, DirtylogError | None]] = SimpleQueue()
         machine.observers.append(self._machine_changed)
 
-    def quit(self) -> None:
+    def quit(self, cause: ShutdownCause) -> None:
         """Have `wait` return. May be called from a signal's handler."""
-        self._outcome.put(None)
+        self._endings.put((cause, None))
+
+    def fail(self, error: DirtylogError) -> None:
+        """Have `wait` raise an error."""
+        self._endings.put((ShutdownCause.HOST_ERROR, error))
 
     def wait(self) -> None:
         """Wait until somebody quits, or the machine cannot go on.
@@ -53,13 +75,11 @@ class Controller:
         Raises:
             DirtylogError: why it cannot.
         """
-        outcome = self._outcome.get()
-        if outcome is not None:
-            raise outcome
-
-    def fail(self, error: DirtylogError) -> None:
-        """Have `wait` raise an error."""
-        self._outcome.put(error)
+        cause, error = self._endings.get()
+        for observer in tuple(self.shutdown_observers):
+            observer(cause)
+        if error is not None:
+            raise error
 
     def close(self) -> None:
         """Cancel migrations, end the machine, give its memory up; idempotent."""
@@ -74,17 +94,27 @@ class Controller:
         self.machine.close()
 
     def migrate(self, uri: str) -> None:
-        """Begin to migrate the machine away.
+        """Begin to migrate the machine away. It has its first status when this returns.
 
         Raises:
             UsageError: the address is none, or the machine is not in a state to be migrated.
         """
         address = parse_address(uri)
+        begun = threading.Event()
+
+        def observe(status: Status) -> None:
+            try:
+                for observer in tuple(self.migration_observers):
+                    observer(status)
+            finally:
+                begun.set()
+
         with self._lock:
             self._check_migratable()
-            outgoing = OutgoingMigration(self.machine, address, self.parameters, observe=self._migration_changed)
+            outgoing = OutgoingMigration(self.machine, address, self.parameters, observe=observe)
             self.outgoing = outgoing
-            self._start("migration", outgoing.run, fatal=False)
+            self._start("migration", lambda: _send(outgoing))
+        begun.wait()
 
     def cancel_migration(self) -> None:
         """Cancel the migration away from here, if there is one and it has not let go of the guest."""
@@ -105,8 +135,9 @@ class Controller:
     def receive(self, listener: Listener) -> None:
         """Wait for a machine to arrive here; `wait` raises if that fails."""
         with self._lock:
-            self._incoming = IncomingMigration(self.machine, listener)
-            self._start("incoming-migration", self._incoming.run, fatal=True)
+            incoming = IncomingMigration(self.machine, listener)
+            self._incoming = incoming
+            self._start("incoming-migration", lambda: self._take_over(incoming))
 
     def _check_migratable(self) -> None:
         if self.outgoing is not None and not self.outgoing.ended:
@@ -120,24 +151,29 @@ class Controller:
         if self.machine.state in ENDED:
             raise UsageError(f"the guest has ended ({self.machine.state.value})")
 
-    def _start(self, name: str, target: Callable[[], None], *, fatal: bool) -> None:
-        def run() -> None:
-            try:
-                target()
-            except DirtylogError as error:
-                if fatal:
-                    self.fail(error)
-                # Otherwise the migration itself holds its error, for whoever asks, and the guest goes on.
-
-        thread = threading.Thread(target=run, name=name, daemon=True)
-        self._threads.append(thread)
+    def _start(self, name: str, target: Callable[[], None]) -> None:
+        self._threads = [thread for thread in self._threads if thread.is_alive()]
+        thread = threading.Thread(target=target, name=name, daemon=True)
         thread.start()
+        self._threads.append(thread)
+
+    def _take_over(self, incoming: IncomingMigration) -> None:
+        try:
+            incoming.run()
+        except DirtylogError as error:
+            self.fail(error)
+        except Exception as error:  # noqa: BLE001 - a defect must end the machine, not leave it waiting for ever
+            failure = DirtylogError(f"a defect in dirtylog ended the incoming migration: {error!r}")
+            failure.__cause__ = error
+            self.fail(failure)
 
     def _machine_changed(self, old: RunState, new: RunState) -> None:
         del old
         if new in ENDED:
-            self._outcome.put(self.machine.failure)
+            cause = ShutdownCause.GUEST_SHUTDOWN if new is RunState.SHUTDOWN else ShutdownCause.HOST_ERROR
+            self._endings.put((cause, self.machine.failure))
 
-    def _migration_changed(self, status: Status) -> None:
-        for observer in tuple(self.migration_observers):
-            observer(status)
+
+def _send(outgoing: OutgoingMigration) -> None:
+    with contextlib.suppress(DirtylogError):  # it holds the error itself, for whoever asks, and the guest goes on
+        outgoing.run()

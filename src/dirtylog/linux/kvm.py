@@ -217,7 +217,7 @@ class VCPU(_Handle):
         super().close()
 
     def run(self) -> int:
-        """Run the guest until it needs something; the exit reason, `ExitReason.INTR` if kicked.
+        """Run the guest until it needs something; the exit reason, `ExitReason.INTR` if kicked, or for nothing.
 
         Whatever the last exit asked for is completed first, even when `request_exit` is in force: so the state is
         consistent after an INTR, and only then.
@@ -225,6 +225,10 @@ class VCPU(_Handle):
         try:
             self._ioctl(abi.RUN)
         except InterruptedError:
+            return ExitReason.INTR
+        except KernelError as error:
+            if error.errno != errno.EAGAIN:  # which is how a vCPU that waited to be started says that it was
+                raise
             return ExitReason.INTR
         return int(self.exit.exit_reason)
 

@@ -82,7 +82,10 @@ class MemfdMapping:
 
     def __init__(self, name: str, size: int) -> None:
         if size <= 0 or size % PAGE_SIZE:
-            raise UsageError(f"memory of {size} bytes is not a positive whole number of {PAGE_SIZE}-byte pages")
+            raise UsageError(
+                f"memory of {size} bytes is not a positive whole number of {PAGE_SIZE}-byte pages",
+                remedy="give a multiple of 4K, such as 512M",
+            )
         self.size = size
         self._has_huge_pages = True
         try:

@@ -61,7 +61,7 @@ def boot_flat(machine: KVMMachine, image: bytes, address: int, *, entry: int | N
 
 def _check_fits(machine: KVMMachine, image: bytes, address: int) -> None:
     if not image:
-        raise UsageError("the image is empty")
+        raise UsageError("the image is empty", remedy="name a boot image; 'dirtylog guest' writes one")
     low = machine.system.view.ranges[0]
     if address < 0 or address + len(image) > low.end:
         raise UsageError(

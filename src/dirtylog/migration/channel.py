@@ -1,6 +1,7 @@
 """The sockets of a migration: the only module that does its I/O."""
 
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -211,6 +212,8 @@ class Listener:
     """
 
     def __init__(self, address: Address) -> None:
+        self._lock = threading.Lock()
+        self._closed = False
         self._wakeup = Wakeup()
         self._close: Callable[[], None]
         try:
@@ -245,14 +248,19 @@ class Listener:
         raise CancelledError("waiting for a migration was cancelled")
 
     def abort(self) -> None:
-        """Make `accept` give up, in whichever thread it waits."""
-        self._aborted = True
-        self._wakeup.set()
+        """Make `accept` give up, in whichever thread it waits; nothing to do after `close`."""
+        with self._lock:
+            self._aborted = True
+            if not self._closed:
+                self._wakeup.set()
 
     def close(self) -> None:
-        """Close the socket and remove its file; idempotent."""
-        self._close()
-        self._wakeup.close()
+        """Close the socket and remove its file; idempotent. Not while another thread is in `accept`."""
+        with self._lock:
+            if not self._closed:
+                self._closed = True
+                self._close()
+                self._wakeup.close()
 
 
 def _listen_tcp(address: TCPAddress) -> socket.socket:

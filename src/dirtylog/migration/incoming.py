@@ -34,7 +34,7 @@ class IncomingMigration:
 
     Args:
         machine: held in state ``inmigrate`` until it is handed over.
-        listener: where the source will connect; its owner closes it.
+        listener: where the source will connect. Closed once one has: nobody else is taken in.
     """
 
     def __init__(self, machine: Machine, listener: Listener) -> None:
@@ -66,6 +66,7 @@ class IncomingMigration:
             DirtylogError: it failed. The guest was not started here, and the machine cannot be used any more.
         """
         with self._listener.accept() as channel:
+            self._listener.close()
             try:
                 self._adopt(channel)
                 self._receive(channel)

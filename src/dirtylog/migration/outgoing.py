@@ -61,7 +61,7 @@ class OutgoingMigration:
         self._let_go = False
         self._verify = False
         self._channel: Channel | None = None
-        self._began = 0.0
+        self._began = time.monotonic()
 
     @property
     def ended(self) -> bool:
@@ -97,8 +97,8 @@ class OutgoingMigration:
             DirtylogError: it failed; the guest is as it was.
         """
         self._began = time.monotonic()
-        self._enter(Status.SETUP)
         try:
+            self._enter(Status.SETUP)
             with self._connected() as channel:
                 self._migrate(channel)
         except Exception as error:

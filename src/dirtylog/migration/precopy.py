@@ -80,6 +80,7 @@ class Precopy:
             for batch in block.batches():
                 limit = self._parameters().max_bandwidth if paced else 0
                 self._pacer.pace(self._send(batch, current), limit)
+                current.seconds = time.monotonic() - began
         current.bytes += self._channel.send(PassEnd(current.number))
         done = self._channel.expect(PassDone)
         if done.number != current.number:

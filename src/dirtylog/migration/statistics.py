@@ -29,7 +29,7 @@ class PassStatistics:
         pages: sent with contents.
         zero_pages: sent without.
         bytes: on the wire.
-        seconds: until the destination had it all.
+        seconds: until the destination had it all; so far, while it lasts.
         starved: for how much of that one side had work but no CPU.
         dirtied: pages found dirty afterwards.
         bandwidth: bytes a second that the last pass would get, see `switchover.link_bandwidth`.

@@ -13,6 +13,9 @@ from dirtylog.linux.kvm_abi import ExitReason
 PARK_TIMEOUT: Final = 5.0
 """Seconds until a vCPU that does not stop is reported. It takes microseconds; the rest is for a starved host."""
 
+_FAULTS: Final = frozenset({signal.SIGSEGV, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGTRAP})
+"""Signals that the thread itself causes."""
+
 
 class _Wish(Enum):
     PARK = auto()
@@ -99,7 +102,9 @@ class VCPUThread:
             self._changed.notify_all()
 
     def _main(self) -> None:
-        signal.pthread_sigmask(signal.SIG_BLOCK, (KICK_SIGNAL,))
+        # KVM_RUN changes the mask twice. A thread that lets other signals through then takes some that were the main
+        # thread's, which sleeps on: Python's handlers run in that thread only.
+        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals() - _FAULTS)
         self.vcpu.let_kick_through()
         while self._wait_to_run():
             try:

@@ -1,0 +1,160 @@
+from io import StringIO
+from typing import Final
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console, RenderableType
+
+from dirtylog.cli.migration_report import progress_line, progress_table, report
+from dirtylog.control.commands import MigrationInfo, PassInfo, RAMInfo
+from dirtylog.units import GIB, KIB, MIB, PAGE_SIZE
+
+PASSES: Final = [
+    PassInfo(
+        number=1,
+        pages=25_000,
+        zero_pages=237_144,
+        bytes=100 * MIB,
+        seconds=0.2,
+        starved=0.0,
+        dirtied=1234,
+        bandwidth=600e6,
+        expected_downtime=0.018,
+    ),
+    PassInfo(
+        number=2,
+        pages=1234,
+        zero_pages=0,
+        bytes=5 * MIB,
+        seconds=0.01,
+        starved=0.0,
+        dirtied=0,
+        bandwidth=500e6,
+        expected_downtime=None,
+    ),
+]
+INFO: Final = MigrationInfo(
+    status="completed",
+    total_time=2345,
+    setup_time=12,
+    downtime=13,
+    x_downtime_us=12_600,
+    ram=RAMInfo(
+        transferred=105 * MIB,
+        remaining=0,
+        total=GIB,
+        duplicate=237_144,
+        normal=26_234,
+        normal_bytes=26_234 * PAGE_SIZE,
+        dirty_pages_rate=6170,
+        mbps=360.0,
+        dirty_sync_count=2,
+        page_size=PAGE_SIZE,
+        pages_per_second=11_000,
+    ),
+    x_passes=PASSES,
+)
+ACTIVE: Final = msgspec.structs.replace(
+    INFO, status="active", downtime=None, x_downtime_us=None, expected_downtime=18, x_passes=PASSES[:1]
+)
+
+
+def render(what: RenderableType, width: int = 80) -> str:
+    out = StringIO()
+    Console(file=out, width=width).print(what)
+    return "\n".join(line.rstrip() for line in out.getvalue().splitlines())
+
+
+def test_report_has_a_row_a_pass_and_the_totals() -> None:
+    assert render(report(INFO)) == (
+        "                                                        expected\n"
+        " pass   pages     zero      time    bandwidth  dirtied  downtime\n"
+        "    1  25,000  237,144  200.0 ms  500.0 MiB/s    1,234   18.0 ms\n"
+        "final   1,234        0   10.0 ms  500.0 MiB/s\n"
+        "\n"
+        "total time     2.35 s\n"
+        "downtime      12.6 ms\n"
+        "pages sent     26,234\n"
+        "zero pages    237,144\n"
+        "bytes       105.0 MiB"
+    )
+
+
+def test_report_of_a_verified_migration_shows_the_digests() -> None:
+    shown = render(report(msgspec.structs.replace(INFO, x_verify_us=250_000, x_digests={"pc.ram": "ab" * 32})))
+    assert "memory is equal on both sides; comparing it took 250.0 ms besides" in shown
+    assert f"  pc.ram  {'ab' * 32}" in shown.splitlines()
+
+
+def test_pass_without_a_known_link_shows_no_downtime() -> None:
+    passes = [msgspec.structs.replace(PASSES[0], expected_downtime=None), PASSES[1]]
+    assert "18.0 ms" not in render(report(msgspec.structs.replace(INFO, x_passes=passes)))
+
+
+@pytest.mark.parametrize("seconds", [999.99, 2621.44])
+def test_report_of_a_huge_guest_fits_into_80_columns(seconds: float) -> None:
+    pages = 256 * GIB // PAGE_SIZE
+    huge = PassInfo(
+        number=9999,
+        pages=pages,
+        zero_pages=pages,
+        bytes=int(1023.9 * MIB * seconds),
+        seconds=seconds,
+        starved=0.0,
+        dirtied=pages,
+        bandwidth=1e9,
+        expected_downtime=seconds,
+    )
+    shown = render(report(msgspec.structs.replace(INFO, x_passes=[huge, msgspec.structs.replace(huge)])))
+    assert max(map(len, shown.splitlines())) <= 80
+    assert "…" not in shown
+    for text in ("67,108,864", "1023.9 MiB/s", f"{seconds:.2f} s", "9999", "final"):
+        assert text in shown
+
+
+def test_progress_says_how_it_stands() -> None:
+    assert render(progress_table(ACTIVE)) == (
+        "status                 active\n"
+        "pass                        2\n"
+        "pages left                  0\n"
+        "dirty rate         24.1 MiB/s\n"
+        "bandwidth          42.9 MiB/s\n"
+        "expected downtime     18.0 ms\n"
+        "sent                105.0 MiB\n"
+        "elapsed                2.35 s"
+    )
+
+
+def test_progress_line_says_the_same_on_one_line() -> None:
+    assert progress_line(ACTIVE) == (
+        "status active  pass 2  pages left 0  dirty rate 24.1 MiB/s  bandwidth 42.9 MiB/s  "
+        "expected downtime 18.0 ms  sent 105.0 MiB  elapsed 2.35 s"
+    )
+
+
+def test_progress_before_anything_is_known() -> None:
+    assert "expected downtime not known yet" in progress_line(msgspec.structs.replace(ACTIVE, expected_downtime=None))
+
+
+_COUNTS: Final = st.integers(0, 1 << 60)
+_FLOATS: Final = st.floats(0, 1e18)
+
+
+@given(
+    st.builds(
+        MigrationInfo,
+        status=st.text(max_size=5),
+        total_time=_COUNTS,
+        setup_time=_COUNTS,
+        expected_downtime=st.none() | _COUNTS,
+        x_downtime_us=st.none() | _COUNTS,
+        ram=st.builds(RAMInfo, page_size=st.just(4 * KIB), mbps=_FLOATS),
+        x_passes=st.lists(st.builds(PassInfo, seconds=_FLOATS, bytes=_COUNTS), max_size=3),
+    )
+)
+def test_everything_can_be_shown(info: MigrationInfo) -> None:
+    render(progress_table(info))
+    render(report(info))
+    progress_line(info)

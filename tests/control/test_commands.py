@@ -1,0 +1,706 @@
+"""The commands as a client for QEMU sees them: the qemu.qmp package drives our machines, and QEMU beside them."""
+
+import asyncio
+import json
+import math
+import shutil
+import socket
+import subprocess
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, Final, Self
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from qemu.qmp import ExecuteError
+from qemu.qmp import QMPClient as PeerClient
+from support.checkpoints import Checkpoint, Moment, install
+from support.guests import KVM_RAM, Guest, check_memory, check_runs_on, machine, wait_for_rounds
+from support.require import require
+from support.waiting import BOUND, wait_until
+
+from dirtylog.control.commands import MOST_PASSES, Commands, MigrationInfo, describe, emit_events
+from dirtylog.control.controller import Controller
+from dirtylog.control.qmp import CommandRegistry, QMPServer
+from dirtylog.control.qmp.messages import Success, encode
+from dirtylog.errors import DirtylogError, GuestError
+from dirtylog.machine import RunState
+from dirtylog.migration import (
+    Listener,
+    OutgoingMigration,
+    Parameters,
+    PassStatistics,
+    Statistics,
+    Status,
+    parse_address,
+)
+from dirtylog.migration.protocol import Role
+from dirtylog.units import MIB
+
+QEMU: Final = shutil.which("qemu-system-x86_64")
+
+_LAST_MESSAGE: Final = Checkpoint(Role.SOURCE, Moment.BEFORE_SENDING, "State")
+"""The guest stands still, held by its migration."""
+
+
+class Peer:
+    """The qemu.qmp package's asyncio client, a step at a time."""
+
+    def __init__(self, path: Path) -> None:
+        self._runner = asyncio.Runner()
+        self._client = PeerClient("peer")
+        self._run(self._client.connect(str(path)))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        try:
+            self._run(self._client.disconnect())
+        except EOFError:  # how it tells that the server was the first to hang up
+            pass
+        finally:
+            self._runner.close()
+
+    def _run(self, coroutine: Any) -> Any:
+        return self._runner.run(asyncio.wait_for(coroutine, BOUND))
+
+    def execute(self, command: str, **arguments: object) -> Any:
+        given = {name.replace("_", "-"): value for name, value in arguments.items()}
+        return self._run(self._client.execute(command, given))
+
+    def refused(self, command: str, **arguments: object) -> ExecuteError:
+        """The error of a command that must have one."""
+        with pytest.raises(ExecuteError) as caught:
+            self.execute(command, **arguments)
+        return caught.value
+
+    def event(self) -> tuple[str, Any]:
+        """The next event, and its data."""
+        event = self._run(self._client.events.get())
+        return event["event"], event.get("data")
+
+    def migration(self) -> Any:
+        return self.execute("query-migrate")
+
+    def wait_migrated(self, status: str = "completed") -> Any:
+        """Ask until the migration has ended; every answer must be JSON, which knows no infinity."""
+        answers = []
+
+        def ended() -> bool:
+            answers.append(self.migration())
+            json.dumps(answers[-1], allow_nan=False)
+            return answers[-1]["status"] in ("completed", "failed", "cancelled")
+
+        wait_until(ended, "the migration ended")
+        assert answers[-1]["status"] == status, answers[-1]
+        return answers[-1]
+
+    def events_until(self, last: tuple[str, Any]) -> list[tuple[str, Any]]:
+        events = [self.event()]
+        while events[-1] != last:
+            events.append(self.event())
+        return events
+
+
+class Served:
+    """A machine that answers QMP as in ``dirtylog run``."""
+
+    def __init__(self, stack: ExitStack, path: Path, guest: Guest) -> None:
+        self.guest = guest
+        self.path = path
+        self.failures: list[DirtylogError] = []
+        self.controller = Controller(guest)
+        stack.callback(self.controller.close)
+        registry = CommandRegistry()
+        Commands(self.controller).register(registry)
+        self.server = QMPServer(path, registry, on_failure=self.failures.append)
+        stack.callback(self.server.close)
+        emit_events(self.controller, self.server)
+        self.server.start()
+        self.peer = stack.enter_context(Peer(path))
+
+
+@contextmanager
+def serve(path: Path, kind: str, *, boot: bool = True) -> Iterator[Served]:
+    with ExitStack() as stack:
+        served = Served(stack, path, stack.enter_context(machine(kind, boot=boot)))
+        yield served
+        assert served.failures == []
+
+
+@pytest.fixture(params=["fake", "kvm"])
+def kind(request: pytest.FixtureRequest) -> str:
+    if request.param == "kvm":
+        request.getfixturevalue("kvm")
+    return str(request.param)
+
+
+@pytest.fixture
+def served(kind: str, tmp_path: Path) -> Iterator[Served]:
+    with serve(tmp_path / "qmp", kind) as served:
+        yield served
+
+
+@pytest.fixture
+def fake(tmp_path: Path) -> Iterator[Served]:
+    """For what is the same whatever the machine."""
+    with serve(tmp_path / "qmp", "fake") as served:
+        yield served
+
+
+@pytest.fixture
+def peer(served: Served) -> Peer:
+    return served.peer
+
+
+@pytest.fixture
+def uri(tmp_path: Path) -> str:
+    return f"unix:{tmp_path}/migration"
+
+
+@pytest.fixture
+def destination(kind: str, uri: str, tmp_path: Path) -> Iterator[Served]:
+    """Waits at the URI."""
+    listener = Listener(parse_address(uri))
+    try:
+        with serve(tmp_path / "destination", kind, boot=False) as served:
+            served.controller.receive(listener)
+            yield served
+    finally:
+        listener.close()
+
+
+@pytest.fixture
+def silent(uri: str) -> Iterator[None]:
+    """Somebody listens at the URI and never answers."""
+    listener = Listener(parse_address(uri))
+    yield
+    listener.close()
+
+
+class Gate:
+    """Where the source's migration waits, with the guest in its hands, until the test has looked around."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._reached, self._open = threading.Event(), threading.Event()
+        install(_LAST_MESSAGE, self._stand, monkeypatch.setattr)
+
+    def _stand(self) -> None:
+        self._reached.set()
+        assert self._open.wait(BOUND)
+
+    def wait(self) -> None:
+        assert self._reached.wait(BOUND)
+
+    def open(self) -> None:
+        self._open.set()
+
+
+@pytest.fixture
+def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
+    gate = Gate(monkeypatch)
+    yield gate
+    gate.open()
+
+
+class TestRunState:
+    def test_status_is_in_qemus_words(self, peer: Peer) -> None:
+        assert peer.execute("query-status") == {"running": False, "status": "prelaunch"}
+        assert peer.execute("cont") == {}
+        assert peer.execute("query-status") == {"running": True, "status": "running"}
+        assert peer.execute("stop") == {}
+        assert peer.execute("query-status") == {"running": False, "status": "paused"}
+
+    def test_guest_runs_and_stops_as_told(self, served: Served) -> None:
+        served.peer.execute("cont")
+        wait_for_rounds(served.guest)
+        served.peer.execute("stop")
+        check_memory(served.guest)
+
+    def test_stop_and_cont_are_told_once_each(self, peer: Peer) -> None:
+        for command in ("stop", "cont", "cont", "stop", "stop", "cont"):
+            assert peer.execute(command) == {}
+        assert [peer.event() for _ in range(3)] == [("RESUME", None), ("STOP", None), ("RESUME", None)]
+
+    def test_guest_that_ends_is_told_of(self, fake: Served) -> None:
+        fake.peer.execute("cont")
+        fake.guest._end(RunState.SHUTDOWN, GuestError("a triple fault"))
+        with pytest.raises(GuestError):
+            fake.controller.wait()
+        assert [fake.peer.event() for _ in range(3)] == [
+            ("RESUME", None),
+            ("STOP", None),
+            ("SHUTDOWN", {"guest": True, "reason": "guest-shutdown"}),
+        ]
+        assert fake.peer.execute("query-status") == {"running": False, "status": "shutdown"}
+        for command in ("cont", "migrate"):
+            error = fake.peer.refused(command, **({"uri": "unix:x"} if command == "migrate" else {}))
+            assert (error.error_class, "ended (shutdown)" in str(error)) == ("GenericError", True)
+
+    def test_quit_is_answered_and_told_of_and_ends_the_wait(self, peer: Peer, served: Served) -> None:
+        assert peer.execute("quit") == {}
+        served.controller.wait()
+        assert peer.event() == ("SHUTDOWN", {"guest": False, "reason": "host-qmp-quit"})
+
+
+class TestMigrate:
+    def test_guest_moves_and_events_come_in_order(self, served: Served, destination: Served, uri: str) -> None:
+        source = served.peer
+        source.execute("cont")
+        wait_for_rounds(served.guest)
+        assert source.execute("migrate", uri=uri) == {}
+        info = source.wait_migrated()
+
+        assert source.events_until(("MIGRATION", {"status": "completed"})) == [
+            ("RESUME", None),
+            ("MIGRATION", {"status": "setup"}),
+            ("MIGRATION", {"status": "active"}),
+            ("STOP", None),
+            ("MIGRATION", {"status": "device"}),
+            ("MIGRATION", {"status": "completed"}),
+        ]
+        assert source.execute("query-status") == {"running": False, "status": "postmigrate"}
+        assert destination.peer.event() == ("RESUME", None)
+        assert destination.peer.execute("query-status") == {"running": True, "status": "running"}
+        check_runs_on(destination.guest)
+        self._check_report(info, served.guest)
+
+    @staticmethod
+    def _check_report(info: Any, guest: Guest) -> None:
+        ram, passes = info["ram"], info["x-passes"]
+        size = sum(block.size for block in guest.memory.blocks.values())
+        assert (ram["total"], ram["remaining"], ram["page-size"]) == (size, 0, 4096)
+        assert ram["normal-bytes"] == ram["normal"] * 4096 <= ram["transferred"]
+        assert ram["normal"] + ram["duplicate"] >= size // 4096
+        assert ram["dirty-sync-count"] == len(passes) >= 2
+        assert [one["number"] for one in passes] == list(range(1, len(passes) + 1))
+        assert sum(one["bytes"] for one in passes) == ram["transferred"]
+        assert passes[0]["expected-downtime"] > 0
+        assert passes[-1]["expected-downtime"] is None
+        assert round(info["x-downtime-us"] / 1000) == info["downtime"] <= info["total-time"]
+        assert "expected-downtime" not in info
+        assert "error-desc" not in info
+        assert "x-digests" not in info
+
+    def test_stopped_guest_arrives_stopped(self, served: Served, destination: Served, uri: str) -> None:
+        served.peer.execute("cont")
+        wait_for_rounds(served.guest)
+        served.peer.execute("stop")
+        served.peer.execute("migrate", uri=uri)
+        served.peer.wait_migrated()
+        wait_until(lambda: destination.guest.state is RunState.PAUSED, "the guest arrived")
+        destination.peer.execute("cont")
+        check_runs_on(destination.guest)
+
+    def test_verified_migration_has_the_digest_of_each_block(
+        self, served: Served, destination: Served, uri: str
+    ) -> None:
+        served.peer.execute("migrate-set-parameters", x_verify=True)
+        served.peer.execute("migrate", uri=uri)
+        info = served.peer.wait_migrated()
+        assert info["x-digests"].keys() == served.guest.memory.blocks.keys()
+        assert all(int(digest, 16) for digest in info["x-digests"].values())
+        assert info["x-verify-us"] >= 0
+
+    def test_guest_that_moved_may_be_taken_back_but_not_moved_again(
+        self, served: Served, destination: Served, uri: str
+    ) -> None:
+        served.peer.execute("migrate", uri=uri)
+        served.peer.wait_migrated()
+        assert "migrated away already" in str(served.peer.refused("migrate", uri=uri))
+        assert served.peer.execute("cont") == {}
+        assert served.peer.execute("query-status")["status"] == "running"
+
+    def test_nobody_there_fails_it_and_the_guest_runs_on(self, served: Served, uri: str) -> None:
+        served.peer.execute("cont")
+        assert served.peer.execute("migrate", uri=uri, detach=True) == {}
+        info = served.peer.wait_migrated("failed")
+        assert "cannot connect to the destination" in info["error-desc"]
+        assert "downtime" not in info
+        assert served.peer.events_until(("MIGRATION", {"status": "failed"})) == [
+            ("RESUME", None),
+            ("MIGRATION", {"status": "setup"}),
+            ("MIGRATION", {"status": "failed"}),
+        ]
+        check_runs_on(served.guest)
+
+    def test_second_one_is_refused_and_cancel_leaves_the_guest(self, fake: Served, silent: None, uri: str) -> None:
+        peer = fake.peer
+        peer.execute("cont")
+        peer.execute("migrate", uri=uri)
+        assert peer.migration()["status"] == "setup"
+        error = peer.refused("migrate", uri=uri)
+        assert (error.error_class, "a migration is under way" in str(error)) == ("GenericError", True)
+        assert peer.execute("migrate_cancel") == {}
+        assert "error-desc" not in peer.wait_migrated("cancelled")
+        assert peer.events_until(("MIGRATION", {"status": "cancelled"}))[-2] == (
+            "MIGRATION",
+            {"status": "cancelling"},
+        )
+        check_runs_on(fake.guest)
+
+    def test_cancel_without_a_migration_is_fine(self, fake: Served) -> None:
+        assert fake.peer.execute("migrate_cancel") == {}
+        assert fake.peer.migration() == {}
+
+    @pytest.mark.parametrize(
+        "bad", ["", "x", "exec:cat", "unix:", "tcp:host", "tcp:host:x", "unix:a\0b", "unix:" + "x" * 108]
+    )
+    def test_bad_uri_is_refused(self, fake: Served, bad: str) -> None:
+        assert fake.peer.refused("migrate", uri=bad).error_class == "GenericError"
+        assert fake.peer.migration() == {}
+
+    def test_machine_in_the_hands_of_a_migration_is_left_alone(
+        self, served: Served, destination: Served, uri: str, gate: Gate
+    ) -> None:
+        served.peer.execute("cont")
+        served.peer.execute("migrate", uri=uri)
+        gate.wait()
+        assert served.peer.execute("query-status") == {"running": False, "status": "finish-migrate"}
+        assert destination.peer.execute("query-status") == {"running": False, "status": "inmigrate"}
+        for held in (served.peer, destination.peer):
+            for command in ("stop", "cont"):
+                error = held.refused(command)
+                assert error.error_class == "GenericError"
+                assert "in the hands of a migration" in str(error)
+        assert "under way" in str(served.peer.refused("migrate", uri=uri))
+        assert "not arrived" in str(destination.peer.refused("migrate", uri=uri))
+        assert served.peer.migration()["status"] == "device"
+        gate.open()
+        served.peer.wait_migrated()
+        check_runs_on(destination.guest)
+
+    def test_cancel_brings_a_guest_back_that_stood_still_already(
+        self, served: Served, destination: Served, uri: str, gate: Gate
+    ) -> None:
+        served.peer.execute("cont")
+        served.peer.execute("migrate", uri=uri)
+        gate.wait()
+        served.peer.execute("migrate_cancel")
+        gate.open()
+        served.peer.wait_migrated("cancelled")
+        assert [name for name, _ in served.peer.events_until(("MIGRATION", {"status": "cancelled"}))][-2] == "RESUME"
+        check_runs_on(served.guest)
+
+
+class TestParameters:
+    DEFAULTS: Final = {"downtime-limit": 300, "max-bandwidth": 0, "x-clear-chunk": 128 * MIB, "x-verify": False}
+
+    def test_defaults_can_be_asked_for(self, fake: Served) -> None:
+        assert fake.peer.execute("query-migrate-parameters") == self.DEFAULTS
+
+    @pytest.mark.parametrize(
+        ("name", "value"),
+        [
+            ("downtime-limit", 0),
+            ("downtime-limit", 2_000_000),
+            ("max-bandwidth", (1 << 63) - 1),
+            ("x-clear-chunk", 1),
+            ("x-verify", True),
+        ],
+    )
+    def test_one_is_set_and_the_others_stay(self, fake: Served, name: str, value: object) -> None:
+        assert fake.peer.execute("migrate-set-parameters", **{name: value}) == {}
+        assert fake.peer.execute("query-migrate-parameters") == self.DEFAULTS | {name: value}
+
+    def test_nothing_is_set_by_nothing(self, fake: Served) -> None:
+        assert fake.peer.execute("migrate-set-parameters") == {}
+        assert fake.peer.execute("query-migrate-parameters") == self.DEFAULTS
+
+    @pytest.mark.parametrize(
+        ("name", "value"),
+        [
+            ("downtime-limit", -1),
+            ("downtime-limit", 2_000_001),
+            ("downtime-limit", 10**400),
+            ("downtime-limit", 0.5),
+            ("downtime-limit", "300"),
+            ("downtime-limit", None),
+            ("max-bandwidth", -1),
+            ("max-bandwidth", 1 << 63),
+            ("max-bandwidth", 10**400),
+            ("max-bandwidth", True),
+            ("x-clear-chunk", 0),
+            ("x-clear-chunk", 1 << 63),
+            ("x-verify", 1),
+            ("cpu-throttle-initial", 20),
+            ("downtime_limit", 300),
+        ],
+    )
+    def test_bad_one_is_refused_and_changes_nothing(self, fake: Served, name: str, value: object) -> None:
+        error = self._set(fake.peer, {"x-verify": True, name: value})
+        assert error.error_class == "GenericError"
+        assert fake.peer.execute("query-migrate-parameters") == self.DEFAULTS
+
+    @staticmethod
+    def _set(peer: Peer, arguments: dict[str, object]) -> ExecuteError:
+        with pytest.raises(ExecuteError) as caught:
+            peer._run(peer._client.execute("migrate-set-parameters", arguments))
+        return caught.value
+
+    def test_change_reaches_the_migration_under_way(self, fake: Served, silent: None, uri: str) -> None:
+        fake.peer.execute("migrate", uri=uri)
+        fake.peer.execute("migrate-set-parameters", downtime_limit=1000)
+        assert fake.controller.outgoing is not None
+        assert fake.controller.outgoing.parameters.downtime_limit == 1.0
+
+
+@pytest.fixture
+def real(kvm: object, tmp_path: Path) -> Iterator[Served]:
+    with serve(tmp_path / "qmp", "kvm") as served:
+        yield served
+
+
+class TestPmemsave:
+    @pytest.mark.parametrize(("val", "size"), [(0x7C00, 512), (MIB - 1, 2 * MIB + 2), (0, KVM_RAM), (KVM_RAM - 1, 1)])
+    def test_file_holds_the_memory(self, real: Served, tmp_path: Path, val: int, size: int) -> None:
+        real.peer.execute("pmemsave", val=val, size=size, filename=str(tmp_path / "saved"))
+        assert (tmp_path / "saved").read_bytes() == real.guest.system.read(val, size)
+
+    def test_nothing_is_an_empty_file(self, real: Served, tmp_path: Path) -> None:
+        real.peer.execute("pmemsave", val=0, size=0, filename=str(tmp_path / "saved"))
+        assert (tmp_path / "saved").read_bytes() == b""
+
+    @pytest.mark.parametrize(("val", "size"), [(KVM_RAM, 1), (KVM_RAM - 1, 2), (0, 1 << 62), (1 << 64, 1), (10**30, 1)])
+    def test_what_is_no_memory_is_refused_and_no_file_is_touched(
+        self, real: Served, tmp_path: Path, val: int, size: int
+    ) -> None:
+        (tmp_path / "saved").write_text("precious")
+        error = real.peer.refused("pmemsave", val=val, size=size, filename=str(tmp_path / "saved"))
+        assert error.error_class == "GenericError"
+        assert "there is no memory at 0x" in str(error)
+        assert (tmp_path / "saved").read_text() == "precious"
+
+    @pytest.mark.parametrize("filename", ["/", "/nonexistent/file", "", "/dev/full"])
+    def test_file_that_cannot_be_written_is_refused_with_the_reason(self, real: Served, filename: str) -> None:
+        error = real.peer.refused("pmemsave", val=0, size=4096, filename=filename)
+        assert error.error_class == "GenericError"
+        assert f"cannot write {filename!r}: " in str(error)
+
+    def test_name_that_is_none_is_refused(self, real: Served) -> None:
+        assert "cannot be the name of a file" in str(real.peer.refused("pmemsave", val=0, size=1, filename="a\0b"))
+
+    @pytest.mark.parametrize(
+        "arguments", [{}, {"val": -1, "size": 1, "filename": "x"}, {"val": 0, "size": -1, "filename": "x"}]
+    )
+    def test_bad_arguments_are_refused(self, fake: Served, arguments: dict[str, object]) -> None:
+        assert fake.peer.refused("pmemsave", **arguments).error_class == "GenericError"
+
+    def test_machine_without_physical_memory_is_refused(self, fake: Served) -> None:
+        assert "has no physical memory" in str(fake.peer.refused("pmemsave", val=0, size=1, filename="x"))
+
+
+_SECONDS: Final = st.just(0.0) | st.floats(1e-9, 1e7)
+_COUNTS: Final = st.integers(0, 1 << 60)
+_PASSES: Final = st.builds(
+    PassStatistics,
+    number=st.integers(1, 1 << 30),
+    pages=_COUNTS,
+    zero_pages=_COUNTS,
+    bytes=_COUNTS,
+    seconds=_SECONDS,
+    starved=_SECONDS,
+    dirtied=_COUNTS,
+    bandwidth=st.just(0.0) | st.floats(1e-3, 1e18),
+    expected_downtime=st.sampled_from((0.0, 0.01, math.inf)) | st.floats(0.01, 1e18),
+)
+_STATISTICS: Final = st.builds(
+    Statistics,
+    total_bytes=_COUNTS,
+    remaining_pages=_COUNTS,
+    passes=st.lists(_PASSES, max_size=8) | st.just([PassStatistics(1)] * (MOST_PASSES + 1)),
+    dirty_rate=st.floats(0, 1e18),
+    setup_seconds=_SECONDS,
+    total_seconds=_SECONDS,
+    downtime=_SECONDS,
+    verify_seconds=_SECONDS,
+    digests=st.dictionaries(st.text(max_size=3), st.binary(max_size=4), max_size=2),
+)
+_ERRORS: Final = st.none() | st.builds(DirtylogError, st.text(max_size=5))
+
+
+class TestDescribe:
+    def test_every_state_has_json_that_reads_back(self) -> None:
+        with machine("fake", boot=False) as guest:
+
+            @given(st.sampled_from(Status), _STATISTICS, _ERRORS)
+            def check(status: Status, statistics: Statistics, error: DirtylogError | None) -> None:
+                outgoing = OutgoingMigration(guest, parse_address("unix:x"), Parameters())
+                outgoing.status, outgoing.statistics, outgoing.error = status, statistics, error
+                info = json.loads(encode(Success(describe(outgoing))))["return"]
+                assert msgspec.convert(info, MigrationInfo).status == status.value
+                assert len(info["x-passes"]) == min(len(statistics.passes), MOST_PASSES)
+                assert ("downtime" in info) == ("x-downtime-us" in info) == (status is Status.COMPLETED)
+                assert ("error-desc" in info) == (status is Status.FAILED)
+                assert ("x-digests" in info) == ("x-verify-us" in info) == bool(statistics.digests)
+
+            check()
+
+    @pytest.mark.parametrize(
+        ("passes", "mbps", "expected"),
+        [
+            ([], 0, None),
+            ([PassStatistics(1)], 0, None),
+            ([PassStatistics(1, bytes=1_000_000, seconds=2.0)], 4, None),
+            ([PassStatistics(1, bytes=1, seconds=1.0, bandwidth=1e6, expected_downtime=0.25)], 8, 250),
+            ([PassStatistics(1, bytes=1, seconds=1.0, bandwidth=1e6, expected_downtime=math.inf)], 8, None),
+            (
+                [PassStatistics(1, bytes=1, seconds=1.0, bandwidth=1e6, expected_downtime=0.5), PassStatistics(2)],
+                8,
+                500,
+            ),
+        ],
+        ids=["nothing", "just-begun", "first-pass", "first-done", "unknown-link", "second-begun"],
+    )
+    def test_progress_is_that_of_the_latest_pass_that_tells(
+        self, passes: list[PassStatistics], mbps: float, expected: int | None
+    ) -> None:
+        with machine("fake", boot=False) as guest:
+            outgoing = OutgoingMigration(guest, parse_address("unix:x"), Parameters())
+            outgoing.status, outgoing.statistics.passes = Status.ACTIVE, passes
+            info = describe(outgoing)
+        assert info.ram.mbps == pytest.approx(mbps)
+        assert info.expected_downtime == expected
+
+    def test_only_the_last_passes_are_told(self) -> None:
+        with machine("fake", boot=False) as guest:
+            outgoing = OutgoingMigration(guest, parse_address("unix:x"), Parameters())
+            outgoing.statistics.passes = [PassStatistics(number) for number in range(1, 1000)]
+            info = describe(outgoing)
+        assert [one.number for one in info.x_passes] == list(range(1000 - MOST_PASSES, 1000))
+        assert info.ram.dirty_sync_count == 999
+
+
+@contextmanager
+def _qemu(path: Path, *arguments: str) -> Iterator[Peer]:
+    """QEMU with a small PC that needs no KVM; it is handed the listening socket, so nobody need wait for it."""
+    require("qemu", QEMU, "qemu-system-x86_64 is not installed")
+    assert QEMU is not None
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+        listener.listen()
+        chardev = f"socket,id=qmp,fd={listener.fileno()},server=on,wait=off"
+        plain = ["-nodefaults", "-display", "none", "-chardev", chardev, "-mon", "chardev=qmp,mode=control"]
+        command = [QEMU, "-machine", "pc", "-accel", "tcg", "-m", "8", *plain, *arguments]
+        process = subprocess.Popen(command, pass_fds=[listener.fileno()], stderr=subprocess.DEVNULL)
+    try:
+        with Peer(path) as peer:
+            yield peer
+            peer.execute("quit")
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.fixture
+def qemu(tmp_path: Path) -> Iterator[Peer]:
+    with _qemu(tmp_path / "qemu", "-S") as peer:
+        yield peer
+
+
+def _own(members: dict[str, Any]) -> dict[str, Any]:
+    """Without what is dirtylog's own."""
+    return {name: value for name, value in members.items() if not name.startswith("x-")}
+
+
+def _check_same_shape(ours: dict[str, Any], qemus: dict[str, Any]) -> None:
+    """What we have by a name of QEMU's is of QEMU's type. It may have more, having more to tell."""
+    for name, value in _own(ours).items():
+        assert name in qemus
+        assert isinstance(value, type(qemus[name])) or {type(value), type(qemus[name])} == {int, float}, name
+        if isinstance(value, dict):
+            _check_same_shape(value, qemus[name])
+
+
+class TestAsInQEMU:
+    def test_states_of_a_source(self, fake: Served, qemu: Peer, kind_of_destination: str) -> None:
+        ours = self._states(fake.peer, kind_of_destination)
+        assert ours == self._states(qemu, "exec:cat >/dev/null")
+
+    @staticmethod
+    def _states(peer: Peer, uri: str) -> list[Any]:
+        states = []
+        for command in ("query-migrate", "stop", "cont", "cont", "stop", "migrate_cancel", "migrate", "cont"):
+            peer.execute(command, **({"uri": uri} if command == "migrate" else {}))
+            if command == "migrate":
+                peer.wait_migrated()
+                assert peer.refused("migrate", uri=uri).error_class == "GenericError"
+            status = peer.execute("query-status")
+            states.append((command, status["status"], status["running"]))
+        return states
+
+    @pytest.fixture
+    def kind_of_destination(self, tmp_path: Path, uri: str) -> Iterator[str]:
+        listener = Listener(parse_address(uri))
+        try:
+            with serve(tmp_path / "destination", "fake", boot=False) as served:
+                served.controller.receive(listener)
+                yield uri
+        finally:
+            listener.close()
+
+    def test_state_of_a_destination(self, tmp_path: Path, fake: Served, kind_of_destination: str) -> None:
+        with _qemu(tmp_path / "qemu", "-incoming", f"unix:{tmp_path}/qemu-migration") as peer:
+            theirs = peer.execute("query-status")
+        with Peer(tmp_path / "destination") as peer:
+            ours = peer.execute("query-status")
+        _check_same_shape(ours, theirs)
+        assert ours["status"] == theirs["status"] == "inmigrate"
+
+    def test_completed_migration_is_described_alike(self, fake: Served, qemu: Peer, kind_of_destination: str) -> None:
+        fake.peer.execute("migrate", uri=kind_of_destination)
+        qemu.execute("migrate", uri="exec:cat >/dev/null")
+        ours, theirs = fake.peer.wait_migrated(), qemu.wait_migrated()
+        _check_same_shape(ours, theirs)
+        assert _own(ours).keys() == theirs.keys()
+
+    def test_failed_migration_is_described_alike(self, fake: Served, qemu: Peer, tmp_path: Path) -> None:
+        for peer in (fake.peer, qemu):
+            peer.execute("migrate", uri=f"unix:{tmp_path}/nobody")
+        ours, theirs = fake.peer.wait_migrated("failed"), qemu.wait_migrated("failed")
+        assert theirs.keys() <= ours.keys()
+        _check_same_shape({name: ours[name] for name in theirs}, theirs)
+
+    def test_parameters_have_its_names_and_types(self, fake: Served, qemu: Peer) -> None:
+        _check_same_shape(fake.peer.execute("query-migrate-parameters"), qemu.execute("query-migrate-parameters"))
+
+    @pytest.mark.parametrize(
+        ("command", "arguments"),
+        [
+            ("migrate", {}),
+            ("migrate", {"uri": 17}),
+            ("migrate", {"uri": "nonsense"}),
+            ("migrate", {"uri": "unix:x", "nonsense": 1}),
+            ("migrate_cancel", {"nonsense": 1}),
+            ("query-migrate", {"nonsense": 1}),
+            ("query-status", {"nonsense": 1}),
+            ("stop", {"nonsense": 1}),
+            ("cont", {"nonsense": 1}),
+            ("quit", {"nonsense": 1}),
+            ("pmemsave", {"val": 0, "size": 1}),
+            ("pmemsave", {"val": "0", "size": 1, "filename": "/dev/null"}),
+            ("pmemsave", {"val": 0, "size": 1, "filename": "/nonexistent/file"}),
+            ("migrate-set-parameters", {"downtime-limit": -1}),
+            ("migrate-set-parameters", {"downtime-limit": 2_000_001}),
+            ("migrate-set-parameters", {"downtime-limit": "300"}),
+            ("migrate-set-parameters", {"downtime-limit": 0.5}),
+            ("migrate-set-parameters", {"nonsense": 1}),
+            ("migrate-cancel", {}),
+        ],
+    )
+    def test_error_has_its_class(self, pair: tuple[Peer, Peer], command: str, arguments: dict[str, object]) -> None:
+        ours, theirs = (peer.refused(command, **arguments) for peer in pair)
+        assert ours.error_class == theirs.error_class
+
+    @pytest.fixture(scope="class")
+    @staticmethod
+    def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Peer, Peer]]:
+        """A machine of ours and QEMU, for many requests that change nothing."""
+        folder = tmp_path_factory.mktemp("pair")
+        with serve(folder / "qmp", "fake") as served, _qemu(folder / "qemu", "-S") as peer:
+            yield served.peer, peer
