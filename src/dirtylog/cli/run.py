@@ -1,7 +1,6 @@
 """``dirtylog run``: run a guest, or wait for one to arrive."""
 
 import os
-import signal
 import sys
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ import click
 
 from dirtylog.cli.options import SIZE
 from dirtylog.cli.serial_output import SerialOutput
+from dirtylog.cli.signals import EndOnSignals
 from dirtylog.control.commands import Commands, emit_events
 from dirtylog.control.controller import Controller, ShutdownCause
 from dirtylog.control.qmp import CommandRegistry, QMPServer
@@ -109,12 +109,13 @@ def command(
     boots = None if image is None else Image(image, load_address, entry, BootMode(mode))
     _check_options(boots, incoming, paused=paused)
     with ExitStack() as stack:
+        signals = stack.enter_context(EndOnSignals())
         listener = None if incoming is None else _listen(stack, incoming)
         log_mode = None if dirty_log is None else KVMLogMode(dirty_log)
         machine = KVMMachine(memory, cpus=cpus, log_mode=log_mode, transmit=_open_serial(stack, serial))
         controller = Controller(machine)
-        _end_on_signals(stack, controller)
         stack.callback(controller.close)
+        signals.watch(lambda: controller.quit(ShutdownCause.HOST_SIGNAL))
         server = None if qmp is None else _prepare_server(stack, controller, qmp)
         if listener is not None:
             controller.receive(listener)
@@ -184,9 +185,3 @@ def _open_serial(stack: ExitStack, path: str | None) -> SerialOutput | None:
     output = SerialOutput(fd, complain)
     stack.callback(output.close)
     return output
-
-
-def _end_on_signals(stack: ExitStack, controller: Controller) -> None:
-    for number in (signal.SIGINT, signal.SIGTERM):
-        previous = signal.signal(number, lambda *_: controller.quit(ShutdownCause.HOST_SIGNAL))
-        stack.callback(signal.signal, number, previous)

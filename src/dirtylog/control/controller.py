@@ -57,12 +57,11 @@ class Controller:
         self._lock = threading.Lock()
         self._threads: list[threading.Thread] = []
         self._incoming: IncomingMigration | None = None
-        # SimpleQueue, since a signal's handler may put into it at any moment.
         self._endings: SimpleQueue[tuple[ShutdownCause, DirtylogError | None]] = SimpleQueue()
         machine.observers.append(self._machine_changed)
 
     def quit(self, cause: ShutdownCause) -> None:
-        """Have `wait` return. May be called from a signal's handler."""
+        """Have `wait` return. May be called from any thread."""
         self._endings.put((cause, None))
 
     def fail(self, error: DirtylogError) -> None:
