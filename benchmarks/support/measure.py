@@ -1,0 +1,238 @@
+"""One migration, measured."""
+
+import os
+import tempfile
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any, Final
+
+from msgspec import Struct
+
+from benchmarks.support.guest import Files, Guest, started
+from benchmarks.support.peers import Launch, Peer
+from benchmarks.support.usage import CPUTime, ResidentMemory
+from dirtylog.control.qmp import Event
+from dirtylog.errors import GuestError, PeerError, ProtocolError
+from dirtylog.guests.dirtier import build, check_pages
+
+SCHEMES: Final = ("unix", "tcp")
+
+_ROUNDS_BEFORE: Final = 2  # then each page of the range has been written, and has its place in memory
+_ROUNDS_AFTER: Final = 2
+_CANCEL_SECONDS: Final = 15.0
+_ARRIVAL_SECONDS: Final = 15.0
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """What is migrated, and how. Sizes in bytes, times in seconds.
+
+    Attributes:
+        memory: RAM of the guest.
+        first: where the range begins that the guest writes.
+        last: where it ends.
+        limit: of the downtime.
+        scheme: one of `SCHEMES`.
+        timeout: a migration that takes longer counts as one that does not converge.
+    """
+
+    memory: int
+    first: int
+    last: int
+    limit: float
+    scheme: str
+    timeout: float
+
+
+class Outcome(Enum):
+    """How a migration ended; any other end is an error."""
+
+    COMPLETED = "completed"
+    DID_NOT_CONVERGE = "did not converge"
+
+
+class Side(Struct, frozen=True):
+    """What one process used.
+
+    Attributes:
+        cpu: during the migration, with the vCPU's own.
+        memory: right after it.
+        beyond_guest: the most memory besides the guest's RAM.
+    """
+
+    cpu: CPUTime
+    memory: ResidentMemory
+    beyond_guest: int | None
+
+
+class Run(Struct, frozen=True):
+    """One migration. Times in seconds; None where the guest did not move.
+
+    Attributes:
+        peer: whose it was.
+        first: where the range begins that the guest wrote.
+        last: where it ends.
+        outcome: how it ended.
+        load: the host's load average over the last minute, before.
+        wall: from the command until source and destination both had said that it is done.
+        total: the peer's total-time.
+        downtime: as the peer has it.
+        stopped: from the source's STOP event to the destination's RESUME event.
+        bytes: sent.
+        pages: sent with contents.
+        zero_pages: sent without.
+        passes: over dirty memory, the one with the guest stopped included.
+        source: what the source used.
+        destination: what the destination used.
+    """
+
+    peer: str
+    first: int
+    last: int
+    outcome: Outcome
+    load: float
+    wall: float
+    total: float
+    downtime: float | None
+    stopped: float | None
+    bytes: int
+    pages: int
+    zero_pages: int
+    passes: int
+    source: Side
+    destination: Side | None
+
+
+def measure(peer: Peer, setup: Setup) -> Run:
+    """Migrate a guest that keeps writing between two new processes, and check that it arrived whole.
+
+    Raises:
+        DirtylogError: the migration failed, or the guest was damaged.
+    """
+    load = os.getloadavg()[0]
+    with tempfile.TemporaryDirectory(prefix="dirtylog-bench-") as folder, ExitStack() as stack:
+        directory = Path(folder)
+        image = directory / "guest.img"
+        image.write_bytes(build(setup.first, setup.last))
+        uri = f"unix:{directory / 'migration'}" if setup.scheme == "unix" else "tcp:127.0.0.1:0"
+        files = Files(directory, "source"), Files(directory, "destination")
+        source = stack.enter_context(started(peer.command(Launch(image, setup.memory), files[0]), files[0]))
+        destination = stack.enter_context(started(peer.command(Launch(image, setup.memory, uri), files[1]), files[1]))
+        peer.prepare(source, setup.limit)
+        uri = peer.address(destination, uri)
+        rounds = source.reach(_ROUNDS_BEFORE)
+        run = _migrate(peer, setup, source, destination, uri, load)
+        if run.outcome is Outcome.COMPLETED:
+            _check(peer, setup, source, destination, rounds)
+        return run
+
+
+def _migrate(peer: Peer, setup: Setup, source: Guest, destination: Guest, uri: str, load: float) -> Run:
+    for guest in (source, destination):
+        guest.qmp.events()  # what happened before is of no interest
+    before = CPUTime.of(source.pid), CPUTime.of(destination.pid)
+    began = time.monotonic()
+    source.qmp.execute("migrate", uri=uri)
+    end = _follow(source, began + setup.timeout)
+    arrived = end.unfinished is None
+    resume = destination.qmp.wait_event("RESUME", _ARRIVAL_SECONDS) if arrived else None
+    wall = time.monotonic() - began
+    used = _side(source, before[0], setup.memory), _side(destination, before[1], setup.memory) if arrived else None
+    info = end.unfinished or _final_info(source)
+    return Run(
+        peer=peer.name,
+        first=setup.first,
+        last=setup.last,
+        outcome=Outcome.COMPLETED if arrived else Outcome.DID_NOT_CONVERGE,
+        load=load,
+        wall=wall,
+        total=info["total-time"] / 1e3,
+        downtime=peer.downtime(info) if arrived else None,
+        stopped=_seconds(resume) - _seconds(end.stop) if end.stop is not None and resume is not None else None,
+        bytes=info["ram"]["transferred"],
+        pages=info["ram"]["normal"],
+        zero_pages=info["ram"]["duplicate"],
+        passes=info["ram"]["dirty-sync-count"],
+        source=used[0],
+        destination=used[1],
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _End:
+    """How a migration ended.
+
+    Attributes:
+        stop: when the source's guest was last stopped.
+        unfinished: of one that was cancelled here, query-migrate's result right before; afterwards QEMU forgets it.
+    """
+
+    stop: Event | None
+    unfinished: dict[str, Any] | None
+
+
+def _follow(source: Guest, deadline: float) -> _End:
+    """Wait for the end; cancel at the deadline."""
+    qmp, stop, unfinished = source.qmp, None, None
+    while True:
+        event = qmp.next_event(max(0.0, deadline - time.monotonic()))
+        if event is None:
+            if unfinished is not None:
+                raise PeerError(f"the migration was not cancelled within {_CANCEL_SECONDS:.0f} s")
+            unfinished = qmp.execute("query-migrate")
+            qmp.execute("migrate_cancel")
+            deadline = time.monotonic() + _CANCEL_SECONDS
+        elif event.event == "STOP":
+            stop = event
+        elif event.event == "MIGRATION":
+            status = _status(event)
+            if status == "completed":  # perhaps in spite of the cancel
+                return _End(stop, None)
+            if status == "cancelled" and unfinished is not None:
+                return _End(stop, unfinished)
+            if status in ("failed", "cancelled"):
+                reason = _final_info(source).get("error-desc") or source.complaints() or "it did not say why"
+                raise PeerError(f"the migration ended as {status!r}: {reason}")
+
+
+def _final_info(source: Guest) -> dict[str, Any]:
+    """What query-migrate says of an ended migration. QEMU sends the event a moment before it knows the times."""
+
+    def complete() -> dict[str, Any] | None:
+        info: dict[str, Any] = source.qmp.execute("query-migrate")
+        return None if info["status"] == "completed" and not info["total-time"] else info
+
+    return source.until(complete, _ARRIVAL_SECONDS, "say how long its migration took")
+
+
+def _status(event: Event) -> str:
+    if isinstance(event.data, dict) and isinstance(event.data.get("status"), str):
+        return str(event.data["status"])
+    raise ProtocolError("the peer sent a MIGRATION event without a status")
+
+
+def _seconds(event: Event) -> float:
+    return event.timestamp.seconds + event.timestamp.microseconds / 1e6
+
+
+def _side(guest: Guest, before: CPUTime, memory: int) -> Side:
+    cpu = CPUTime.of(guest.pid).since(before)
+    resident = ResidentMemory.of(guest.pid, memory)
+    return Side(cpu, resident, resident.beyond_guest)
+
+
+def _check(peer: Peer, setup: Setup, source: Guest, destination: Guest, rounds: int) -> None:
+    """Whether the guest is whole where it went, goes on there, and does not run where it was."""
+    if source.qmp.execute("query-status")["running"]:
+        raise GuestError(f"{peer.name}'s guest still runs on the source after it was migrated")
+    arrived = destination.rounds()
+    if arrived is None or arrived < rounds:
+        raise GuestError(f"{peer.name}'s guest had made {rounds} rounds before, and {arrived} after it was migrated")
+    destination.reach(arrived + _ROUNDS_AFTER)
+    destination.qmp.execute("stop")
+    wrong = check_pages(destination.first_bytes(setup.first, setup.last), destination.rounds())
+    if wrong is not None:
+        raise GuestError(f"{peer.name}'s guest was damaged by its migration: {wrong}")

@@ -1,0 +1,178 @@
+"""What was measured, for people and for programs."""
+
+import os
+import platform
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Self
+
+import msgspec
+from msgspec import Struct
+from rich import box
+from rich.table import Table
+
+from benchmarks.support.measure import Outcome, Run, Side
+from benchmarks.support.peers import Peer
+from dirtylog.units import MIB, format_duration, format_size
+
+ABSENT: Final = "-"
+
+
+class Summary(Struct, frozen=True):
+    """Some measurements of one thing."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Self | None:
+        """None of nothing."""
+        return cls(statistics.median(values), min(values), max(values)) if values else None
+
+    def show(self, unit: Callable[[float], str]) -> str:
+        """The median, and the extremes where they differ from it."""
+        if self.low == self.high:
+            return unit(self.median)
+        return f"{unit(self.median)} [{unit(self.low)} .. {unit(self.high)}]"
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """A row of the table.
+
+    Attributes:
+        name: what it is.
+        value: it, of one run; None where a run has none.
+        unit: a number of it for people.
+    """
+
+    name: str
+    value: Callable[[Run], float | None]
+    unit: Callable[[float], str]
+
+    def summary(self, runs: Sequence[Run]) -> Summary | None:
+        """Of those runs that have it."""
+        return Summary.of([value for run in runs if (value := self.value(run)) is not None])
+
+
+def _beyond_guest(side: Side | None) -> int | None:
+    return None if side is None else side.beyond_guest
+
+
+def _cpu(side: Side | None) -> float | None:
+    return None if side is None else side.cpu.total
+
+
+def _count(value: float) -> str:
+    return f"{value:,.0f}"
+
+
+METRICS: Final = (
+    Metric("total time", lambda run: run.total, format_duration),
+    Metric("wall time, both sides", lambda run: run.wall, format_duration),
+    Metric("downtime, as reported", lambda run: run.downtime, format_duration),
+    Metric("STOP to RESUME", lambda run: run.stopped, format_duration),
+    Metric("bytes sent", lambda run: run.bytes, format_size),
+    Metric("pages sent", lambda run: run.pages, _count),
+    Metric("zero pages", lambda run: run.zero_pages, _count),
+    Metric("passes", lambda run: run.passes, _count),
+    Metric("CPU time, source", lambda run: _cpu(run.source), format_duration),
+    Metric("CPU time, dest.", lambda run: _cpu(run.destination), format_duration),
+    Metric("memory beyond guest RAM, source", lambda run: _beyond_guest(run.source), format_size),
+    Metric("memory beyond guest RAM, dest.", lambda run: _beyond_guest(run.destination), format_size),
+)
+
+
+class Host(Struct, frozen=True):
+    """What it all ran on.
+
+    Attributes:
+        kernel: its release.
+        cpu: the model's name.
+        cpus: how many may be used.
+        memory: bytes of RAM.
+        python: its version.
+        peers: their versions by name.
+    """
+
+    kernel: str
+    cpu: str
+    cpus: int
+    memory: int
+    python: str
+    peers: dict[str, str]
+
+    @classmethod
+    def this(cls, peers: Sequence[Peer]) -> "Host":
+        """This one."""
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+        return cls(
+            kernel=platform.release(),
+            cpu=next(models, "CPU of unknown model"),
+            cpus=len(os.sched_getaffinity(0)),
+            memory=os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
+            python=platform.python_version(),
+            peers={peer.name: peer.version for peer in peers},
+        )
+
+    def __str__(self) -> str:
+        peers = ", ".join(f"{name} {version}" for name, version in self.peers.items())
+        host = f"Linux {self.kernel}, {self.cpus} x {self.cpu}, {format_size(self.memory)}"
+        return f"{host}; {peers}, Python {self.python}"
+
+
+def table(runs: Sequence[Run], peers: tuple[str, str]) -> Table:
+    """Two peers side by side: medians with extremes, and the second's median as a multiple of the first's."""
+    result = Table(box=box.SIMPLE_HEAD, header_style="bold", show_edge=False)
+    result.add_column("median [min .. max]", no_wrap=True)
+    for name in (*peers, f"{peers[1]} / {peers[0]}"):
+        result.add_column(name, justify="right", no_wrap=True)
+    for first, last in dict.fromkeys((run.first, run.last) for run in runs):
+        of_range = [run for run in runs if (run.first, run.last) == (first, last)]
+        left, right = ([run for run in of_range if run.peer == peer] for peer in peers)
+        result.add_row(f"guest writes {range_text(first, last)}", style="bold")
+        result.add_row("runs that converged", _converged(left), _converged(right), "")
+        for metric in METRICS:
+            result.add_row(metric.name, *_compare(metric, _completed(left), _completed(right)))
+        result.add_section()
+    return result
+
+
+def range_text(first: int, last: int) -> str:
+    """A range for people."""
+    return f"{first / MIB:g}..{last / MIB:g} MiB"
+
+
+def line(run: Run) -> str:
+    """One run in short."""
+    text = f"{run.peer}: {run.outcome.value}, total {format_duration(run.total)}, {run.passes} passes"
+    if run.downtime is not None:
+        text += f", downtime {format_duration(run.downtime)}"
+    return text
+
+
+def encode(host: Host, setup: Struct, runs: Sequence[Run]) -> bytes:
+    """All of it as JSON: times in seconds, sizes in bytes."""
+    return msgspec.json.format(msgspec.json.encode({"host": host, "setup": setup, "runs": runs})) + b"\n"
+
+
+def _completed(runs: Sequence[Run]) -> list[Run]:
+    return [run for run in runs if run.outcome is Outcome.COMPLETED]
+
+
+def _converged(runs: Sequence[Run]) -> str:
+    return f"{len(_completed(runs))} of {len(runs)}"
+
+
+def _compare(metric: Metric, left: Sequence[Run], right: Sequence[Run]) -> tuple[str, str, str]:
+    one, other = metric.summary(left), metric.summary(right)
+    ratio = f"{other.median / one.median:.2f}" if one is not None and other is not None and one.median else ABSENT
+    return _show(metric, one), _show(metric, other), ratio
+
+
+def _show(metric: Metric, summary: Summary | None) -> str:
+    return ABSENT if summary is None else summary.show(metric.unit)

@@ -1,0 +1,83 @@
+import mmap
+import os
+from pathlib import Path
+
+import pytest
+
+from benchmarks.support.usage import CPUTime, ResidentMemory, resident_guest_ram
+from dirtylog.units import KIB, MIB
+
+STATUS = """Name:\tx
+VmHWM:\t  700 kB
+VmRSS:\t  650 kB
+RssAnon:\t  100 kB
+RssFile:\t   50 kB
+RssShmem:\t  500 kB
+Threads:\t3
+"""
+
+
+def mapping(low: int, size: int, resident: int, rights: str = "rw-s") -> str:
+    return f"{low:x}-{low + size:x} {rights} 00000000 00:01 7 /x\nSize: {size // KIB} kB\nRss: {resident} kB\n"
+
+
+def test_cpu_time_is_read_behind_a_name_with_spaces_and_parentheses() -> None:
+    ticks = os.sysconf("SC_CLK_TCK")
+    stat = f"17 (a) b (c) S {' '.join(['1'] * 10)} {3 * ticks} {ticks} 0 0\n"
+    assert CPUTime.parse(stat) == CPUTime(3.0, 1.0)
+    assert CPUTime.parse(stat).total == 4.0
+
+
+def test_cpu_time_in_between_is_a_difference() -> None:
+    assert CPUTime(3.0, 1.5).since(CPUTime(1.0, 1.0)) == CPUTime(2.0, 0.5)
+
+
+def test_cpu_time_of_this_process_is_what_the_kernel_counts() -> None:
+    seen = CPUTime.of(os.getpid())
+    assert seen.total <= sum(os.times()[:2]) + 0.05
+
+
+def test_memory_beyond_the_guest_is_the_peak_without_guest_ram() -> None:
+    memory = ResidentMemory.parse(STATUS, mapping(0, 4 * MIB, 500), 4 * MIB)
+    assert memory == ResidentMemory(700 * KIB, 100 * KIB, 50 * KIB, 500 * KIB, 500 * KIB)
+    assert memory.beyond_guest == 200 * KIB
+
+
+def test_memory_beyond_the_guest_is_unknown_without_a_mapping_of_its_size() -> None:
+    assert ResidentMemory.parse(STATUS, mapping(0, MIB, 500), 4 * MIB).beyond_guest is None
+
+
+@pytest.mark.parametrize(
+    ("smaps", "expected"),
+    [
+        (mapping(0, 64 * MIB, 8), 8 * KIB),
+        (mapping(0, 64 * MIB, 8) + mapping(1 << 40, MIB, 4), 8 * KIB),
+        (mapping(0, 64 * MIB + 8 * KIB, 8), 8 * KIB),
+        (mapping(0, 128 * MIB, 8), None),
+        (mapping(0, 64 * MIB, 8) + mapping(1 << 40, 65 * MIB, 8), None),
+        (mapping(0, 64 * MIB, 8, "rw-p"), 8 * KIB),
+        (mapping(0, 64 * MIB, 4, "rw-p") + mapping(1 << 40, 64 * MIB, 8), 8 * KIB),
+        (mapping(0, 64 * MIB, 4, "---p") + mapping(1 << 40, 64 * MIB, 8, "rw-p"), 8 * KIB),
+        ("", None),
+    ],
+    ids=[
+        "alone",
+        "among others",
+        "joined with a neighbour",
+        "too large",
+        "ambiguous",
+        "private",
+        "shared before private",
+        "reserved only",
+        "none",
+    ],
+)
+def test_guest_ram_is_the_one_mapping_of_its_size(smaps: str, expected: int | None) -> None:
+    assert resident_guest_ram(smaps, 64 * MIB) == expected
+
+
+def test_resident_guest_ram_is_what_was_touched() -> None:
+    size = 333 * MIB
+    with mmap.mmap(-1, size) as ram:
+        ram[: 5 * MIB] = bytes([1]) * (5 * MIB)
+        assert resident_guest_ram(Path("/proc/self/smaps").read_text(), size) == 5 * MIB
