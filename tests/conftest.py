@@ -1,10 +1,16 @@
+import os
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import settings
 from support.require import require
 
 from dirtylog.errors import HostError
 from dirtylog.linux.kvm import KVM
+
+# The same examples in every run, and no time limits: hosts are shared. DIRTYLOG_EXPLORE=1 looks for new ones.
+settings.register_profile("dirtylog", deadline=None, derandomize=not os.environ.get("DIRTYLOG_EXPLORE"))
+settings.load_profile("dirtylog")
 
 
 @pytest.fixture

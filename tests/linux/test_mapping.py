@@ -1,0 +1,134 @@
+import errno
+import os
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+from support.kvm import open_descriptors
+
+from dirtylog.errors import ClosedError, HostError, KernelError, UsageError
+from dirtylog.linux.mapping import MemfdMapping
+from dirtylog.units import MIB, PAGE_SIZE
+
+
+@pytest.fixture
+def mapping() -> Iterator[MemfdMapping]:
+    mapping = MemfdMapping("test", 16 * PAGE_SIZE)
+    yield mapping
+    mapping.close()
+
+
+def allocated(mapping: MemfdMapping) -> list[tuple[int, int]]:
+    return [(start // PAGE_SIZE, end // PAGE_SIZE) for start, end in mapping.extents(0, mapping.size)]
+
+
+def test_file_and_mapping_are_the_same_zeroed_memory(mapping: MemfdMapping) -> None:
+    assert mapping.array.shape == (16 * PAGE_SIZE,)
+    assert not mapping.array.any()
+    mapping.array[5] = 7
+    mapping.memory[6] = 8
+
+    assert os.pread(mapping.fd, 3, 4) == b"\0\7\x08"
+    assert mapping.array.ctypes.data == mapping.address
+    assert mapping.array.flags.writeable
+
+
+def test_file_can_neither_shrink_nor_grow(mapping: MemfdMapping) -> None:
+    for size in (PAGE_SIZE, 17 * PAGE_SIZE):
+        with pytest.raises(PermissionError):
+            os.ftruncate(mapping.fd, size)
+
+
+def test_extents_are_where_data_is_cropped_to_what_was_asked(mapping: MemfdMapping) -> None:
+    for page in (2, 3, 4, 9):
+        mapping.array[page * PAGE_SIZE] = 1
+
+    assert allocated(mapping) == [(2, 5), (9, 10)]
+    assert list(mapping.extents(3 * PAGE_SIZE, 9 * PAGE_SIZE)) == [(3 * PAGE_SIZE, 5 * PAGE_SIZE)]
+    assert list(mapping.extents(5 * PAGE_SIZE, 9 * PAGE_SIZE)) == []
+    assert list(mapping.extents(10 * PAGE_SIZE, 16 * PAGE_SIZE)) == []
+    assert list(mapping.extents(0, 0)) == []
+
+
+def test_extents_after_close_are_an_error() -> None:
+    mapping = MemfdMapping("test", PAGE_SIZE)
+    mapping.close()
+    with pytest.raises(KernelError) as caught:
+        list(mapping.extents(0, PAGE_SIZE))
+    assert caught.value.errno == errno.EBADF
+
+
+def test_punched_pages_are_holes_of_zeros(mapping: MemfdMapping) -> None:
+    mapping.array[:] = 1
+    mapping.punch(4 * PAGE_SIZE, 2 * PAGE_SIZE)
+
+    assert allocated(mapping) == [(0, 4), (6, 16)]
+    assert np.flatnonzero(mapping.array[::PAGE_SIZE] == 0).tolist() == [4, 5]
+    assert mapping.size == os.fstat(mapping.fd).st_size
+
+
+def test_populated_pages_are_allocated(mapping: MemfdMapping) -> None:
+    mapping.populate(2 * PAGE_SIZE, 3 * PAGE_SIZE)
+    assert allocated(mapping) == [(2, 5)]
+
+
+def test_range_outside_the_mapping_is_refused_by_the_kernel(mapping: MemfdMapping) -> None:
+    with pytest.raises(KernelError, match="madvise MADV_POPULATE_WRITE failed"):
+        mapping.populate(1, PAGE_SIZE)
+    with pytest.raises(KernelError, match="fallocate FALLOC_FL_PUNCH_HOLE failed"):
+        mapping.punch(-PAGE_SIZE, PAGE_SIZE)
+
+
+def test_close_is_idempotent_and_gives_the_descriptors_back() -> None:
+    before = open_descriptors()
+    mapping = MemfdMapping("test", PAGE_SIZE)
+    mapping.array[0] = 1
+    assert open_descriptors() != before
+
+    mapping.close()
+    mapping.close()
+
+    assert open_descriptors() == before
+    with pytest.raises(ClosedError):
+        _ = mapping.array
+    with pytest.raises(ClosedError):
+        _ = mapping.memory
+
+
+def test_array_in_use_outlives_the_close() -> None:
+    mapping = MemfdMapping("test", PAGE_SIZE)
+    array = mapping.array
+    mapping.close()
+    array[0] = 7
+    assert array.sum() == 7
+
+
+@pytest.mark.parametrize("size", [0, -PAGE_SIZE, 1, PAGE_SIZE - 1, PAGE_SIZE + 1])
+def test_size_of_no_whole_pages_is_refused(size: int) -> None:
+    with pytest.raises(UsageError, match="positive whole number"):
+        MemfdMapping("test", size)
+
+
+@pytest.mark.parametrize("size", [1 << 62, 1 << 63, 1 << 70])
+def test_size_that_the_host_cannot_map_is_refused_without_a_leak(size: int) -> None:
+    before = open_descriptors()
+    with pytest.raises(HostError, match="cannot map") as caught:
+        MemfdMapping("test", size)
+    assert caught.value.remedy is not None
+    assert open_descriptors() == before
+
+
+def test_sparse_memory_costs_nothing_until_it_is_written() -> None:
+    mapping = MemfdMapping("test", 1 << 40)
+    mapping.array[(1 << 40) - 1] = 1
+    assert os.fstat(mapping.fd).st_blocks * 512 <= MIB
+    mapping.close()
+
+
+def test_exhausted_descriptors_are_a_kernel_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(name: str, flags: int) -> int:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr(os, "memfd_create", refuse)
+    with pytest.raises(KernelError, match="memfd_create failed: Too many open files"):
+        MemfdMapping("test", PAGE_SIZE)

@@ -1,0 +1,98 @@
+import socket
+import struct
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from dirtylog.linux.sockets import keep_alive, set_buffers, set_timeouts
+from dirtylog.units import MIB
+
+
+@pytest.fixture
+def pair() -> Iterator[tuple[socket.socket, socket.socket]]:
+    one, other = socket.socketpair()
+    with one, other:
+        yield one, other
+
+
+def _buffers(sock: socket.socket) -> tuple[int, int]:
+    return (
+        sock.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF),
+        sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF),
+    )
+
+
+def test_buffers_are_as_large_as_asked_or_as_allowed(pair: tuple[socket.socket, socket.socket]) -> None:
+    before = _buffers(pair[0])
+    set_buffers(pair[0], 4 * MIB)
+    after = _buffers(pair[0])
+    assert all(now >= then for now, then in zip(after, before, strict=True))
+    assert all(now <= 8 * MIB for now in after)  # the kernel doubles what is asked for (socket(7))
+
+
+class _OrdinaryUsersSocket(socket.socket):
+    """Refuses what takes a privilege, and writes down the rest."""
+
+    asked: list[tuple[int, int]]
+
+    def setsockopt(self, level: int, option: int, value: object, *_: object) -> None:
+        if option in (32, 33):  # SO_SNDBUFFORCE, SO_RCVBUFFORCE
+            raise PermissionError
+        assert isinstance(value, int)
+        self.asked.append((option, value))
+
+
+def test_ordinary_user_asks_for_what_is_allowed() -> None:
+    with _OrdinaryUsersSocket() as sock:
+        sock.asked = []
+        set_buffers(sock, MIB)
+        assert sock.asked == [(socket.SO_SNDBUF, MIB), (socket.SO_RCVBUF, MIB)]
+
+
+def test_receive_fails_after_the_timeout(pair: tuple[socket.socket, socket.socket]) -> None:
+    set_timeouts(pair[0], 0.02)
+    began = time.monotonic()
+    with pytest.raises(BlockingIOError):
+        pair[0].recv(1)
+    assert time.monotonic() - began >= 0.015
+
+
+def test_send_fails_after_the_timeout(pair: tuple[socket.socket, socket.socket]) -> None:
+    set_timeouts(pair[0], 0.02)
+
+    def send_for_ever() -> None:
+        while True:
+            pair[0].send(bytes(MIB))
+
+    with pytest.raises(BlockingIOError):
+        send_for_ever()
+
+
+@pytest.mark.parametrize(("seconds", "timeval"), [(0.0, (0, 0)), (1.25, (1, 250_000)), (30.0, (30, 0))])
+def test_both_directions_have_the_timeout(
+    pair: tuple[socket.socket, socket.socket], seconds: float, timeval: tuple[int, int]
+) -> None:
+    set_timeouts(pair[0], seconds)
+    for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
+        set_to, microseconds = struct.unpack("qq", pair[0].getsockopt(socket.SOL_SOCKET, option, 16))
+        assert set_to == timeval[0]
+        assert timeval[1] <= microseconds <= timeval[1] + 10_000  # the kernel counts in ticks
+
+
+def test_timeout_leaves_the_socket_blocking(pair: tuple[socket.socket, socket.socket]) -> None:
+    set_timeouts(pair[0], 5.0)
+    assert pair[0].getblocking()
+    pair[1].send(b"x")
+    assert pair[0].recv(1) == b"x"
+
+
+def test_kept_alive_connection_is_probed_within_half_a_minute() -> None:
+    with socket.socket() as sock:
+        keep_alive(sock)
+        assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+        idle, interval, count = (
+            sock.getsockopt(socket.IPPROTO_TCP, option)
+            for option in (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT)
+        )
+        assert idle + interval * count <= 30

@@ -1,0 +1,116 @@
+"""KVM in tests: descriptors counted, serial output awaited, and a guest that writes what it is told to."""
+
+import os
+import threading
+from collections.abc import Sequence
+from typing import Final
+
+import numpy as np
+from support.waiting import BOUND
+
+from dirtylog.linux.kvm import KVM, VCPU
+from dirtylog.linux.kvm_abi import ExitReason, Segment
+from dirtylog.machine.kvm.slots import MemorySlots
+from dirtylog.memory import AddressSpace, Memory, MemoryRegion
+from dirtylog.trackers import KVMLogMode, TrackerListener
+from dirtylog.trackers.kvm_log import choose_mode
+from dirtylog.units import MIB, PAGE_SIZE
+
+_CODE_ADDRESS: Final = 64 * MIB
+_LIST_ADDRESS: Final = _CODE_ADDRESS + PAGE_SIZE
+_WRITE_THE_LIST: Final = bytes.fromhex(
+    "ad"  # next: lodsd
+    "fe00"  # incb (%eax)
+    "e2fb"  # loop next
+    "f4"  # hlt
+)
+
+
+def open_descriptors() -> dict[str, str]:
+    """This process's open descriptors, and what they are."""
+    found = {}
+    for number in os.listdir("/proc/self/fd"):
+        try:
+            found[number] = os.readlink(f"/proc/self/fd/{number}")
+        except FileNotFoundError:  # the one that listed the directory
+            continue
+    return found
+
+
+def make_flat(segment: Segment, *, code: bool, long: bool = False) -> None:
+    """A segment that covers everything."""
+    segment.base, segment.limit, segment.selector = 0, 0xFFFF_FFFF, 0x08 if code else 0x10
+    segment.type = 0xB if code else 0x3
+    segment.present, segment.dpl, segment.db, segment.s, segment.l, segment.g = 1, 0, int(not long), 1, int(long), 1
+
+
+def enter_protected_mode(vcpu: VCPU) -> None:
+    """Flat 32-bit segments, no paging."""
+    sregs = vcpu.get_sregs()
+    sregs.cr0 |= 1
+    make_flat(sregs.cs, code=True)
+    for segment in (sregs.ds, sregs.es, sregs.fs, sregs.gs, sregs.ss):
+        make_flat(segment, code=False)
+    vcpu.set_sregs(sregs)
+
+
+class SerialOutput:
+    """What a guest sent on its serial port; pass its ``take`` as ``transmit``."""
+
+    def __init__(self) -> None:
+        self._data = bytearray()
+        self._changed = threading.Condition()
+
+    def take(self, data: bytes) -> None:
+        with self._changed:
+            self._data += data
+            self._changed.notify_all()
+
+    @property
+    def data(self) -> bytes:
+        with self._changed:
+            return bytes(self._data)
+
+    def wait_for(self, size: int) -> bytes:
+        """The output, as soon as there are ``size`` bytes of it."""
+        with self._changed:
+            assert self._changed.wait_for(lambda: len(self._data) >= size, BOUND), f"only {bytes(self._data)!r}"
+            return bytes(self._data)
+
+
+class KVMWorld:
+    """`ModelWorld` on real KVM: slots and logs are the kernel's, and a vCPU writes.
+
+    The vCPU stands at a six-byte program in protected mode, without interrupt controllers, so that HLT ends KVM_RUN.
+    """
+
+    def __init__(self, kvm: KVM, mode: KVMLogMode, pages: int) -> None:
+        self.mode = mode
+        self._vm = kvm.create_vm()
+        choose_mode(self._vm, mode)
+        self.memory = Memory()
+        self.ram: MemoryRegion = self.memory.ram("ram", pages * PAGE_SIZE)
+        self.root = self.memory.container("root")
+        self.root.add(self.memory.ram("code", 4 * PAGE_SIZE), _CODE_ADDRESS)
+        self.system: AddressSpace = self.memory.address_space("system", self.root)
+        self.listener: TrackerListener = MemorySlots(self._vm, mode).listener()
+        self.memory.register(self.listener, self.system)
+        self._vcpu = self._vm.create_vcpu(0)
+        enter_protected_mode(self._vcpu)
+        self.system.write(_CODE_ADDRESS, _WRITE_THE_LIST)
+
+    def write(self, addresses: Sequence[int]) -> None:
+        """Add 1 to the byte at each address, one after the other."""
+        if not addresses:
+            return
+        self.system.write(_LIST_ADDRESS, np.array(addresses, "<u4").tobytes())
+        regs = self._vcpu.get_regs()
+        regs.rip, regs.rsi, regs.rcx, regs.rflags = _CODE_ADDRESS, _LIST_ADDRESS, len(addresses), 2
+        self._vcpu.set_regs(regs)
+        assert self._vcpu.run() == ExitReason.HLT
+
+    def close(self) -> None:
+        self.memory.unregister(self.listener)
+        self._vcpu.close()
+        self._vm.close()
+        self.memory.close()

@@ -1,0 +1,61 @@
+"""A process that is one side of a migration and stands still at a checkpoint, to be killed there.
+
+Arguments: the side, the kind of machine, the address, and the checkpoint, or ``-`` for none. It prints a line for all
+that happens: ``listening``, each new state of the machine, ``halted`` at the checkpoint, ``done`` or ``error`` at last.
+"""
+
+import signal
+import sys
+
+from support.checkpoints import Checkpoint, install
+from support.guests import machine, wait_for_rounds
+
+from dirtylog.errors import DirtylogError
+from dirtylog.migration import IncomingMigration, Listener, OutgoingMigration, Parameters, parse_address
+from dirtylog.migration.protocol import Role
+
+
+def say(line: str) -> None:
+    print(line, flush=True)  # noqa: T201 - how the test hears of it
+
+
+def halt() -> None:
+    say("halted")
+    while True:
+        signal.pause()
+
+
+def send(kind: str, uri: str) -> None:
+    with machine(kind, boot=True) as guest:
+        guest.observers.append(lambda _, new: say(new.value))
+        guest.resume()
+        wait_for_rounds(guest)
+        OutgoingMigration(guest, parse_address(uri), Parameters(verify=True)).run()
+
+
+def receive(kind: str, uri: str) -> None:
+    with machine(kind, boot=False) as guest:
+        guest.observers.append(lambda _, new: say(new.value))
+        listener = Listener(parse_address(uri))
+        try:
+            incoming = IncomingMigration(guest, listener)
+            say("listening")
+            incoming.run()
+        finally:
+            listener.close()
+
+
+def main(side: str, kind: str, uri: str, checkpoint: str) -> int:
+    if checkpoint != "-":
+        install(Checkpoint.parse(checkpoint), halt, setattr)
+    try:
+        (send if Role(side) is Role.SOURCE else receive)(kind, uri)
+    except DirtylogError as error:
+        say(f"error {error}")
+        return 1
+    say("done")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))
