@@ -1,0 +1,187 @@
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import msgspec
+import pytest
+from support.dirtier_runs import ENDLESS, Place
+from support.processes import Process, Run, dirtylog
+from support.waiting import wait_until
+
+pytestmark = pytest.mark.usefixtures("kvm")
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Place:
+    return Place(tmp_path)
+
+
+def _uri(run: Run) -> str:
+    """Where a destination waits."""
+    wait_until(lambda: "\n" in run.err, "the destination said where it waits")
+    return run.err.splitlines()[0].rpartition(" ")[2]
+
+
+@contextmanager
+def _pair(place: Place, *options: str, uri: str | None = None) -> Iterator[tuple[Run, Run]]:
+    with place.source(*options) as source, place.destination(uri or f"unix:{place.path('m')}", *options) as destination:
+        place.wait_for_round(source)
+        yield source, destination
+
+
+def _migrate(place: Place, uri: str, *options: str) -> Process:
+    return dirtylog("migrate", place.path("source.qmp"), uri, *options)
+
+
+def _stops_cleanly(run: Run, number: signal.Signals) -> None:
+    run.signal(number)
+    assert run.wait() == 0, run.err
+
+
+def _migrates(place: Place, source: Run, name: str = "second") -> None:
+    """A migration to a fresh destination works."""
+    uri = f"unix:{place.path(name)}"
+    with place.destination(uri, name=f"{name}-destination") as destination:
+        with _migrate(place, uri, "--verify") as migration:
+            assert migration.wait() == 0, migration.err
+        assert source.state == "postmigrate"
+        place.check_runs_on(destination)
+
+
+@pytest.mark.parametrize(
+    ("uri", "options"),
+    [
+        (None, ("--dirty-log", "legacy")),
+        (None, ("--dirty-log", "manual")),
+        (None, ("--dirty-log", "initially-set", "--cpus", "2")),
+        ("tcp:127.0.0.1:0", ()),
+    ],
+    ids=["unix-legacy", "unix-manual", "unix-initially-set", "tcp"],
+)
+def test_guest_moves_to_another_process_and_runs_on(place: Place, uri: str | None, options: tuple[str, ...]) -> None:
+    with _pair(place, *options, uri=uri) as (source, destination):
+        with _migrate(place, _uri(destination), "--verify", "--json") as migration:
+            assert migration.wait() == 0, migration.err
+            report = msgspec.json.decode(migration.out)
+        assert report["status"] == "completed"
+        assert len(report["x-digests"]["pc.ram"]) == 64
+        assert source.state == "postmigrate"
+        place.check_memory(source)
+        assert place.rounds(destination) >= place.rounds(source)
+        place.check_runs_on(destination)
+        _stops_cleanly(source, signal.SIGTERM)
+        _stops_cleanly(destination, signal.SIGINT)
+        assert source.err == ""
+        assert source.out.startswith("AB")
+        assert set(destination.out) == {"B"}
+    assert place.left() == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+def test_signal_stops_a_running_guest_cleanly(place: Place, number: signal.Signals) -> None:
+    with place.source() as source:
+        place.wait_for_round(source)
+        _stops_cleanly(source, number)
+        assert source.err == ""
+    assert place.left() == []
+
+
+def test_signal_stops_a_waiting_destination_cleanly(place: Place) -> None:
+    with place.destination(f"unix:{place.path('m')}") as destination:
+        where = _uri(destination)
+        _stops_cleanly(destination, signal.SIGTERM)
+        assert destination.err == f"dirtylog: waiting for a guest at {where}\n"
+    assert place.left() == []
+
+
+@contextmanager
+def _under_way(place: Place) -> Iterator[tuple[Run, Run, Process]]:
+    """A migration that sends and does not end."""
+    with _pair(place) as (source, destination), _migrate(place, _uri(destination), *ENDLESS) as migration:
+        wait_until(lambda: len(source.qmp.execute("query-migrate").get("x-passes", ())) > 1, "a pass was sent")
+        yield source, destination, migration
+
+
+def _line(text: str) -> str:
+    """What an error said, which must be one line, and one more for the remedy."""
+    lines = [line for line in text.splitlines() if not line.startswith("dirtylog: waiting")]
+    assert lines, text
+    assert lines[0].startswith("dirtylog: error: "), text
+    assert lines[1:] == [] or (len(lines) == 2 and lines[1].startswith("  remedy: ")), text
+    return lines[0].removeprefix("dirtylog: error: ")
+
+
+def test_destination_that_is_killed_leaves_the_guest_running(place: Place) -> None:  # M2
+    with _under_way(place) as (source, destination, migration):
+        destination.kill()
+        assert migration.wait() == 5
+        assert _line(migration.err).startswith(
+            "the migration failed, the guest is running on the source: the connection to the destination ended"
+        )
+        place.check_runs_on(source)
+        _migrates(place, source)
+
+
+def test_source_that_is_killed_ends_the_destination_without_the_guest(place: Place) -> None:  # M6
+    with _under_way(place) as (source, destination, migration):
+        source.kill()
+        assert destination.wait() == 5
+        assert _line(destination.err) == (
+            "the connection to the source ended before the migration did;"
+            " the guest was not handed over and is not started here"
+        )
+        assert destination.out == ""
+        assert migration.wait() == 5
+        _line(migration.err)
+
+
+def test_interrupted_migration_leaves_the_guest_running(place: Place) -> None:  # M2
+    with _under_way(place) as (source, destination, migration):
+        migration.signal(signal.SIGINT)
+        assert migration.wait() == 130
+        assert _line(migration.err) == "the migration was cancelled; the guest is running on the source"
+        assert destination.wait() == 5
+        _line(destination.err)
+        place.check_runs_on(source)
+        _migrates(place, source)
+
+
+@pytest.mark.parametrize("side", ["source", "destination"])
+def test_side_that_is_stopped_during_a_migration_ends_cleanly_and_at_once(place: Place, side: str) -> None:
+    with _under_way(place) as (source, destination, migration):
+        if side == "source":
+            _stops_cleanly(source, signal.SIGTERM)
+            assert destination.wait() == 5
+            _line(destination.err)
+        else:
+            _stops_cleanly(destination, signal.SIGTERM)
+            assert migration.wait() == 5
+            place.check_runs_on(source)
+        assert migration.wait() != 0
+        _line(migration.err)
+        assert destination.out == ""
+
+
+def test_destination_with_other_memory_refuses_and_says_why(place: Place) -> None:
+    uri = f"unix:{place.path('m')}"
+    with place.source() as source, Run(Path(place.path("d.qmp")), "--incoming", uri, "--memory", "8M") as destination:
+        with _migrate(place, uri) as migration:
+            assert migration.wait() == 5
+            assert _line(migration.err).endswith(
+                "the destination gave up: the source's memory is pc.ram of 16.0 MiB, this machine's is pc.ram of"
+                " 8.0 MiB; start both sides with the same --memory"
+            )
+        assert destination.wait() == 2
+        assert _line(destination.err).startswith("the source's memory is pc.ram of 16.0 MiB")
+        place.check_runs_on(source)
+
+
+def test_nobody_at_the_address_is_told_with_the_remedy(place: Place) -> None:
+    with place.source() as source, _migrate(place, f"unix:{place.path('nobody')}") as migration:
+        assert migration.wait() == 5
+        assert _line(migration.err).startswith(
+            "the migration failed, the guest is running on the source: cannot connect to the destination at unix:"
+        )
+        assert "dirtylog run --incoming" in migration.err
+        place.check_runs_on(source)

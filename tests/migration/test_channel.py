@@ -1,0 +1,423 @@
+import errno
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import ExitStack, closing
+from pathlib import Path
+
+import numpy as np
+import pytest
+from support.waiting import Task
+
+from dirtylog.errors import (
+    CancelledError,
+    DisconnectedError,
+    HostError,
+    ProtocolError,
+    RefusedError,
+    UsageError,
+)
+from dirtylog.migration import channel as channel_module
+from dirtylog.migration.address import TCPAddress, UnixAddress
+from dirtylog.migration.channel import Channel, Listener, connect
+from dirtylog.migration.messages import (
+    MAX_BATCH_PAGES,
+    Failed,
+    Handover,
+    Hello,
+    Pages,
+    PassDone,
+    PassEnd,
+    Welcome,
+    ZeroPages,
+    encode,
+)
+from dirtylog.migration.protocol import Protocol, Role, Stage
+from dirtylog.units import PAGE_SIZE
+
+_HELLO = Hello("fake", (), False)
+_WELCOME = Welcome("boot", 1, 1)
+
+
+@pytest.fixture
+def channels() -> Iterator[tuple[Channel, Channel]]:
+    """Both sides of a conversation that has begun."""
+    one, other = socket.socketpair()
+    with Channel(one, Role.SOURCE) as source, Channel(other, Role.DESTINATION) as destination:
+        source.send(_HELLO)
+        assert destination.expect(Hello) == _HELLO
+        destination.send(_WELCOME)
+        assert source.expect(Welcome) == _WELCOME
+        yield source, destination
+
+
+@pytest.fixture
+def raw() -> Iterator[tuple[Channel, socket.socket]]:
+    """A destination's channel, and the bare other end of its socket, which has sent its preamble."""
+    one, other = socket.socketpair()
+    with one, Channel(other, Role.DESTINATION) as channel:
+        assert one.recv(100) == Protocol.preamble()
+        one.sendall(Protocol.preamble())
+        yield channel, one
+
+
+def test_stage_follows_what_is_said(channels: tuple[Channel, Channel]) -> None:
+    source, destination = channels
+    stages = [(source.stage, destination.stage)]
+    source.send(PassEnd(1))
+    stages.append((source.stage, destination.stage))
+    destination.receive()
+    stages.append((source.stage, destination.stage))
+    assert stages == [
+        (Stage.STREAMING, Stage.STREAMING),
+        (Stage.PASS_ENDED, Stage.STREAMING),
+        (Stage.PASS_ENDED, Stage.PASS_ENDED),
+    ]
+
+
+def test_payload_goes_straight_where_it_belongs(channels: tuple[Channel, Channel]) -> None:
+    source, destination = channels
+    message = Pages(0, np.array([[3, 1], [9, 1]], np.int64))
+    contents = [b"\1" * PAGE_SIZE, b"\2" * PAGE_SIZE]
+    sent = source.send(message, [memoryview(content) for content in contents])
+    assert sent == len(encode(message)) + message.payload_size
+    assert destination.receive() == message
+    places = [bytearray(PAGE_SIZE), bytearray(PAGE_SIZE)]
+    destination.receive_into([memoryview(place) for place in places])
+    assert places == contents
+
+
+def test_payload_longer_than_the_kernel_takes_at_once_arrives_whole(channels: tuple[Channel, Channel]) -> None:
+    """More pieces than one sendmsg may have, and more bytes than the socket's buffers hold."""
+    source, destination = channels
+    pages = MAX_BATCH_PAGES
+    message = Pages(0, np.stack((np.arange(pages) * 2, np.ones(pages)), axis=1).astype(np.int64))
+    contents = np.random.default_rng(7).integers(0, 256, (pages, PAGE_SIZE), np.uint8)
+    task = Task(lambda: source.send(message, [memoryview(page) for page in contents]))
+    assert destination.receive() == message
+    received = np.zeros_like(contents)
+    odd_sizes = [memoryview(received.reshape(-1))[start : start + 12345] for start in range(0, received.size, 12345)]  # type: ignore[arg-type]
+    destination.receive_into(odd_sizes)
+    task.join()
+    assert np.array_equal(received, contents)
+
+
+def test_peer_that_sends_nothing_counts_as_gone(channels: tuple[Channel, Channel]) -> None:
+    source, _ = channels
+    source.set_timeout(0.02)
+    with pytest.raises(DisconnectedError, match="the destination has not moved a byte for a while and counts as gone"):
+        source.receive()
+
+
+def test_peer_that_takes_nothing_counts_as_gone(channels: tuple[Channel, Channel]) -> None:
+    source, _ = channels
+    source.set_timeout(0.02)
+    pages = np.array([[0, MAX_BATCH_PAGES]], np.int64)
+    content = memoryview(bytes(MAX_BATCH_PAGES * PAGE_SIZE))
+
+    def send_for_ever() -> None:
+        while True:
+            source.send(Pages(0, pages), [content])
+
+    with pytest.raises(DisconnectedError, match="has not moved a byte"):
+        send_for_ever()
+
+
+def test_new_connection_waits_only_so_long_for_the_handshake(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(channel_module, "HANDSHAKE_TIMEOUT", 0.02)
+    one, other = socket.socketpair()
+    with one, Channel(other, Role.DESTINATION) as channel, pytest.raises(DisconnectedError, match="not moved a byte"):
+        channel.expect(Hello)
+
+
+@pytest.mark.parametrize("size", [0, 4, 8, 12, 20])
+def test_connection_that_ends_within_or_between_messages_is_reported(
+    raw: tuple[Channel, socket.socket], size: int
+) -> None:
+    channel, peer = raw
+    peer.sendall(encode(_HELLO)[:size])
+    peer.shutdown(socket.SHUT_WR)
+    with pytest.raises(DisconnectedError, match="the connection to the source ended before the migration did"):
+        channel.receive()
+
+
+def test_connection_that_ends_within_a_payload_is_reported(channels: tuple[Channel, Channel]) -> None:
+    source, destination = channels
+    source.send(Pages(0, np.array([[0, 2]], np.int64)), [memoryview(bytes(PAGE_SIZE))])
+    source.close()
+    destination.receive()
+    with pytest.raises(DisconnectedError, match="ended before the migration did"):
+        destination.receive_into([memoryview(bytearray(2 * PAGE_SIZE))])
+
+
+def test_reset_connection_is_reported_with_the_kernels_reason(channels: tuple[Channel, Channel]) -> None:
+    source, destination = channels
+    destination.close()
+    with pytest.raises(DisconnectedError, match="to the destination ended before the migration did: Broken pipe"):
+        source.send(PassEnd(1))
+
+
+def test_another_message_than_expected_breaks_the_protocol(channels: tuple[Channel, Channel]) -> None:  # M5
+    source, destination = channels
+    source.send(PassEnd(1))
+    with pytest.raises(ProtocolError, match="the source sent PassEnd instead of ZeroPages"):
+        destination.expect(ZeroPages)
+
+
+@pytest.mark.parametrize("speaker", [0, 1])
+def test_side_that_gives_up_says_why(channels: tuple[Channel, Channel], speaker: int) -> None:
+    channels[speaker].send(Failed("the disk is full"))
+    with pytest.raises(RefusedError, match=f"the {channels[1 - speaker].peer} gave up: the disk is full"):
+        channels[1 - speaker].expect(Handover)
+
+
+def test_abort_wakes_a_thread_that_receives(channels: tuple[Channel, Channel]) -> None:
+    source, _ = channels
+    task = Task(source.receive)
+    source.abort()
+    assert isinstance(task.error(), CancelledError)
+
+
+def test_abort_wakes_a_thread_that_sends(channels: tuple[Channel, Channel]) -> None:
+    source, _ = channels
+
+    def send_for_ever() -> None:
+        content = memoryview(bytes(MAX_BATCH_PAGES * PAGE_SIZE))
+        while True:
+            source.send(Pages(0, np.array([[0, MAX_BATCH_PAGES]], np.int64)), [content])
+
+    task = Task(send_for_ever)
+    source.abort()
+    assert isinstance(task.error(), CancelledError)
+
+
+def test_nothing_works_after_abort_but_close(channels: tuple[Channel, Channel]) -> None:
+    source, destination = channels
+    source.abort()
+    source.abort()
+    with pytest.raises(CancelledError):
+        source.send(PassEnd(1))
+    with pytest.raises(CancelledError):
+        source.receive()
+    assert source.last_words() is None
+    with pytest.raises(DisconnectedError):
+        destination.receive()
+    source.close()
+    source.close()
+    source.abort()
+
+
+def test_last_words_are_what_the_peer_said_before_it_ended(channels: tuple[Channel, Channel]) -> None:
+    source, destination = channels
+    destination.send(Failed("no such page"))
+    destination.close()
+    with pytest.raises(DisconnectedError):
+        source.send(PassEnd(1))
+    words = source.last_words()
+    assert words is not None
+    assert words.cause == "the destination gave up: no such page"
+
+
+def test_peer_that_said_something_else_has_no_last_words(channels: tuple[Channel, Channel]) -> None:
+    source, destination = channels
+    source.send(PassEnd(1))
+    destination.receive()
+    destination.send(PassDone(1, 0))
+    destination.close()
+    assert source.last_words() is None
+    assert source.last_words() is None
+
+
+def test_last_words_that_are_garbage_are_none(raw: tuple[Channel, socket.socket]) -> None:
+    channel, peer = raw
+    peer.sendall(b"\xff" * 100)
+    assert channel.last_words() is None
+
+
+def test_message_is_read_although_the_sender_left_bytes_unread() -> None:
+    """Closing a TCP socket with unread bytes is a reset, which can cost the peer what was sent before."""
+    with closing(Listener(TCPAddress("127.0.0.1", 0))) as listener, connect(listener.address) as source:
+        with listener.accept() as destination:
+            source.send(_HELLO)
+            destination.expect(Hello)
+            destination.send(_WELCOME)
+            source.expect(Welcome)
+            source.send(Pages(0, np.array([[0, 256]], np.int64)), [memoryview(bytes(256 * PAGE_SIZE))])
+            destination.send(Failed("enough"))
+            finishing = Task(destination.finish)
+            words = source.last_words()
+            source.close()
+            finishing.join()
+        assert words is not None
+        assert words.cause == "the destination gave up: enough"
+
+
+def test_finish_waits_only_so_long_for_a_silent_peer(
+    channels: tuple[Channel, Channel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(channel_module, "_DRAIN_SECONDS", 0.02)
+    channels[1].finish()
+    with pytest.raises(DisconnectedError):
+        channels[0].receive()
+
+
+def test_finish_after_the_peer_has_gone_does_nothing(channels: tuple[Channel, Channel]) -> None:
+    source, destination = channels
+    source.close()
+    destination.finish()
+
+
+def test_channel_to_a_peer_that_has_gone_already_leaves_no_socket() -> None:
+    one, other = socket.socketpair()
+    one.close()
+    with pytest.raises(DisconnectedError, match="ended before the migration did: Broken pipe"):
+        Channel(other, Role.DESTINATION)
+    assert other.fileno() == -1
+
+
+def test_tcp_connection_notices_a_host_that_falls_silent() -> None:  # M6
+    with (
+        closing(Listener(TCPAddress("127.0.0.1", 0))) as listener,
+        connect(listener.address) as source,
+        listener.accept() as destination,
+    ):
+        for sock in (source._socket, destination._socket):
+            assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+            idle = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE)
+            probes = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT)
+            assert idle + probes * sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL) <= 30
+
+
+def _refused(address: UnixAddress | TCPAddress, reason: str) -> None:
+    with pytest.raises(DisconnectedError, match=f"cannot connect to the destination at {address}: {reason}") as caught:
+        connect(address)
+    assert caught.value.remedy == f"start it there with 'dirtylog run --incoming {address}'"
+
+
+def test_nobody_at_a_unix_address_is_told_with_the_remedy(tmp_path: Path) -> None:
+    _refused(UnixAddress(f"{tmp_path}/nobody"), "No such file or directory")
+
+
+def test_stale_socket_file_is_nobody(tmp_path: Path) -> None:
+    path = f"{tmp_path}/stale"
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.bind(path)
+    _refused(UnixAddress(path), "Connection refused")
+
+
+def test_nobody_at_a_tcp_address_is_told_with_the_remedy() -> None:
+    with closing(Listener(TCPAddress("127.0.0.1", 0))) as listener:
+        address = listener.address
+    assert isinstance(address, TCPAddress)
+    _refused(address, "Connection refused")
+
+
+def _no_such_name(*_: object, **__: object) -> None:
+    raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+
+def test_host_without_an_address_is_told_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(socket, "getaddrinfo", _no_such_name)
+    _refused(TCPAddress("nowhere.invalid", 1), "Name or service not known")
+
+
+def test_destination_whose_queue_is_full_is_not_waited_for_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(channel_module, "CONNECT_TIMEOUT", 0.02)
+    path = f"{tmp_path}/full"
+    with ExitStack() as stack:
+        server = stack.enter_context(socket.socket(socket.AF_UNIX))
+        server.bind(path)
+        server.listen(0)
+        stack.enter_context(connect(UnixAddress(path)))
+        _refused(UnixAddress(path), os.strerror(errno.EAGAIN))
+
+
+def test_listener_at_a_unix_address_owns_its_file(tmp_path: Path) -> None:
+    path = tmp_path / "socket"
+    listener = Listener(UnixAddress(str(path)))
+    assert listener.address == UnixAddress(str(path))
+    assert path.is_socket()
+    with connect(listener.address) as source, listener.accept() as destination:
+        source.send(_HELLO)
+        assert destination.expect(Hello) == _HELLO
+    listener.close()
+    listener.close()
+    assert not path.exists()
+
+
+def test_listener_at_port_0_says_which_port_it_got() -> None:
+    with closing(Listener(TCPAddress("localhost", 0))) as listener:
+        assert isinstance(listener.address, TCPAddress)
+        assert listener.address.port
+        with connect(listener.address) as source, listener.accept() as destination:
+            source.send(_HELLO)
+            assert destination.expect(Hello) == _HELLO
+
+
+def test_path_that_somebody_listens_on_is_refused(tmp_path: Path) -> None:
+    address = UnixAddress(f"{tmp_path}/socket")
+    with closing(Listener(address)), pytest.raises(UsageError, match="is already in use"):
+        Listener(address)
+
+
+def test_file_that_is_no_socket_is_refused_and_kept(tmp_path: Path) -> None:
+    path = tmp_path / "notes"
+    path.write_text("important")
+    with pytest.raises(UsageError, match="exists and is not a socket"):
+        Listener(UnixAddress(str(path)))
+    assert path.read_text() == "important"
+
+
+def test_stale_socket_file_is_replaced(tmp_path: Path) -> None:
+    path = f"{tmp_path}/stale"
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.bind(path)
+    with closing(Listener(UnixAddress(path))) as listener, connect(listener.address), listener.accept():
+        pass
+
+
+def test_path_too_long_for_an_address_is_refused() -> None:
+    with pytest.raises(UsageError, match="bytes long, more than the 107 that fit"):
+        Listener(UnixAddress("/x" * 60))
+
+
+def test_tcp_port_in_use_is_refused() -> None:
+    with closing(Listener(TCPAddress("127.0.0.1", 0))) as listener:
+        assert isinstance(listener.address, TCPAddress)
+        with pytest.raises(HostError, match=f"cannot listen at {listener.address}: Address already in use") as caught:
+            Listener(listener.address)
+    assert caught.value.remedy == "choose an address of this host, and a port that is free"
+
+
+def test_address_of_another_host_is_refused() -> None:
+    with pytest.raises(HostError, match=r"cannot listen at tcp:192\.0\.2\.1:0"):  # TEST-NET-1, RFC 5737
+        Listener(TCPAddress("192.0.2.1", 0))
+
+
+def test_host_name_that_is_none_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(socket, "getaddrinfo", _no_such_name)
+    with pytest.raises(HostError, match=r"cannot listen at tcp:nowhere\.invalid:1: Name or service not known"):
+        Listener(TCPAddress("nowhere.invalid", 1))
+
+
+def test_abort_before_waiting_makes_the_listener_give_up(tmp_path: Path) -> None:
+    with closing(Listener(UnixAddress(f"{tmp_path}/socket"))) as listener:
+        listener.abort()
+        with pytest.raises(CancelledError, match="waiting for a migration was cancelled"):
+            listener.accept()
+
+
+def test_abort_wakes_a_listener_that_waits(tmp_path: Path) -> None:
+    with closing(Listener(UnixAddress(f"{tmp_path}/socket"))) as listener:
+        task = Task(listener.accept)
+        listener.abort()
+        assert isinstance(task.error(), CancelledError)
+
+
+def test_source_that_has_gone_again_is_reported(tmp_path: Path) -> None:
+    with closing(Listener(UnixAddress(f"{tmp_path}/socket"))) as listener:
+        connect(listener.address).close()
+        with pytest.raises(DisconnectedError, match="the connection to the source ended"):
+            listener.accept()

@@ -1,0 +1,379 @@
+import socket
+import struct
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from support.checkpoints import DESTINATION, Checkpoint, Moment, install
+from support.custody import Custody
+from support.fake_machine import FakeMachine
+from support.guests import same_memory
+from support.streams import (
+    PairListener,
+    Piece,
+    Recording,
+    fake_machine,
+    first,
+    patched,
+    piece,
+    play_to_destination,
+    reason,
+    replaced,
+    stream,
+    talk,
+)
+from support.waiting import Task, wait_until
+
+from dirtylog.errors import CancelledError, DirtylogError, DisconnectedError, ProtocolError, RefusedError, UsageError
+from dirtylog.machine import RunState
+from dirtylog.migration import (
+    IncomingMigration,
+    Listener,
+    OutgoingMigration,
+    Parameters,
+    Status,
+    connect,
+    parse_address,
+)
+from dirtylog.migration import channel as channel_module
+from dirtylog.migration import outgoing as outgoing_module
+from dirtylog.migration.messages import (
+    HEAD,
+    MAGIC,
+    BlockInfo,
+    Digests,
+    Failed,
+    Handover,
+    Hello,
+    Pages,
+    PassEnd,
+    State,
+    Taken,
+)
+from dirtylog.migration.protocol import Role
+
+_NAMES = ["preamble", "Hello", "ZeroPages", "Pages", "payload", "PassEnd", "Digests", "State", "Handover"]
+
+
+@pytest.fixture
+def guest() -> Iterator[FakeMachine]:
+    with fake_machine(boot=False) as guest:
+        yield guest
+
+
+def _never_started(guest: FakeMachine) -> bool:  # M6
+    return guest.state is RunState.INMIGRATE
+
+
+def test_recording_has_every_message_of_a_source(recording: Recording) -> None:
+    assert {one.name for one in recording.source} == set(_NAMES)
+
+
+def test_whole_stream_brings_the_guest(guest: FakeMachine, recording: Recording) -> None:
+    for block in guest.memory.blocks.values():
+        block.array[:] = 0xEE  # must not show through  # M4
+    error, answer = play_to_destination(guest, stream(recording.source))
+    assert error is None
+    assert [one.name for one in answer] == ["preamble", "Welcome", "PassDone", "PassDone", "Ready", "Taken"]
+    assert guest.state is RunState.RUNNING
+    guest.pause()
+    with fake_machine() as original:
+        assert same_memory(guest, original)
+
+
+def test_guest_that_stood_still_stands_still_here(guest: FakeMachine, recording: Recording) -> None:
+    index = first(recording.source, "State")
+    state = recording.source[index].message
+    assert isinstance(state, State)
+    pieces = replaced(recording.source, "State", piece(State(False, state.parts)))
+    assert play_to_destination(guest, stream(pieces))[0] is None
+    assert guest.state is RunState.PAUSED
+
+
+@pytest.mark.parametrize("name", _NAMES)
+def test_stream_that_ends_before_or_within_a_piece_leaves_the_guest_unstarted(  # M6
+    recording: Recording, name: str
+) -> None:
+    start = len(stream(recording.source[: first(recording.source, name)]))
+    size = len(recording.source[first(recording.source, name)].data)
+    data = stream(recording.source)
+    for cut in sorted({0, 1, HEAD.size - 1, HEAD.size, HEAD.size + 1, size // 2, size - 1} - {size}):
+        with fake_machine(boot=False) as guest:
+            error, _ = play_to_destination(guest, data[: start + cut])
+            assert isinstance(error, DisconnectedError), cut
+            assert error.cause == (
+                "the connection to the source ended before the migration did;"
+                " the guest was not handed over and is not started here"
+            )
+            assert error.remedy == "start this side again, then the migration"
+            assert _never_started(guest)
+
+
+def test_guest_that_was_handed_over_runs_although_the_source_is_gone_by_then(  # M1
+    guest: FakeMachine, recording: Recording, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, other = socket.socketpair()
+    install(Checkpoint(Role.DESTINATION, Moment.AFTER_RECEIVING, "Handover"), one.close, monkeypatch.setattr)
+    with one, closing(PairListener(other)) as listener:
+        task = Task(IncomingMigration(guest, listener).run)
+        one.sendall(stream(recording.source))
+        task.join()
+    assert guest.state is RunState.RUNNING
+
+
+def _head(number: int, reserved: int = 0, length: int = 0) -> Piece:
+    return Piece("head", struct.pack("<HHI", number, reserved, length))
+
+
+_FAKE_BLOCKS = (BlockInfo("ram", 80 * 4096, 4096), BlockInfo("rom", 5 * 4096, 4096))
+_Change = Callable[[tuple[Piece, ...]], tuple[Piece, ...]]
+
+
+def _instead(name: str, *substitutes: Piece) -> _Change:
+    return lambda pieces: replaced(pieces, name, *substitutes)
+
+
+def _number(name: str, offset: int, form: str, value: int) -> _Change:
+    return lambda pieces: replaced(pieces, name, patched(pieces[first(pieces, name)], offset, form, value))
+
+
+def _after(name: str, *extra: Piece) -> _Change:
+    return lambda pieces: replaced(pieces, name, pieces[first(pieces, name)], *extra)
+
+
+def _ones(payload: Piece) -> Piece:
+    return Piece(payload.name, b"\1" * len(payload.data))
+
+
+def _hello(machine: str = "fake", blocks: tuple[BlockInfo, ...] = _FAKE_BLOCKS, *, verify: bool = True) -> _Change:
+    return _instead("Hello", piece(Hello(machine, blocks, verify)))
+
+
+_REFUSED: dict[str, tuple[_Change, type[DirtylogError], str]] = {
+    "HTTP": (
+        _instead("preamble", Piece("http", b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")),
+        ProtocolError,
+        "the source does not speak dirtylog's migration protocol",
+    ),
+    "QEMU": (
+        _instead("preamble", Piece("qemu", b"QEVM\x00\x00\x00\x03\x07\x00\x00\x00\x06pc-q35")),
+        ProtocolError,
+        "the source does not speak dirtylog's migration protocol",
+    ),
+    "another version": (
+        _instead("preamble", Piece("preamble", MAGIC + struct.pack("<I", 2))),
+        ProtocolError,
+        "the source speaks version 2 of the migration protocol, this side 1",
+    ),
+    "no greeting": (_instead("Hello"), ProtocolError, "the source sent ZeroPages when OPENING"),
+    "two greetings": (
+        lambda pieces: replaced(pieces, "Hello", *[pieces[first(pieces, "Hello")]] * 2),
+        ProtocolError,
+        "the source sent Hello when STREAMING",
+    ),
+    "another kind of machine": (
+        _hello("toaster"),
+        UsageError,
+        "the source is a machine of kind 'toaster', this one of kind 'fake'",
+    ),
+    "memory of another size": (
+        _hello(blocks=(BlockInfo("ram", 1 << 30, 4096), _FAKE_BLOCKS[1])),
+        UsageError,
+        "the source's memory is ram of 1.0 GiB, rom of 20.0 KiB, this machine's is ram of 320.0 KiB, rom of 20.0 KiB",
+    ),
+    "pages of another size": (
+        _hello(blocks=(BlockInfo("ram", 80 * 4096, 16384), _FAKE_BLOCKS[1])),
+        UsageError,
+        "the source's memory is ram of 320.0 KiB in pages of 16.0 KiB, rom of 20.0 KiB",
+    ),
+    "blocks in another order": (_hello(blocks=_FAKE_BLOCKS[::-1]), UsageError, "the source's memory is rom of"),
+    "a block less": (_hello(blocks=_FAKE_BLOCKS[:1]), UsageError, "the source's memory is ram of 320.0 KiB, this"),
+    "no blocks": (_hello(blocks=()), UsageError, "the source's memory is , this machine's"),
+    "unknown message": (_after("PassEnd", _head(99)), ProtocolError, "no message has the type 99"),
+    "flags that nobody knows": (_after("PassEnd", _head(5, 1)), ProtocolError, "type 5 and flags 1"),
+    "message that is too long": (
+        _after("PassEnd", _head(3, 0, 1 << 31)),
+        ProtocolError,
+        "a Pages message of 2147483648 bytes",
+    ),
+    "message of a destination": (_after("PassEnd", piece(Taken())), ProtocolError, "the source sent Taken when"),
+    "handover before its time": (_after("PassEnd", piece(Handover())), ProtocolError, "the source sent Handover when"),
+    "handover without the state": (_instead("State"), ProtocolError, "the source sent Handover when DIGESTED"),
+    "block that is not there": (_number("Pages", 0, "<I", 2), ProtocolError, "pages of block 2 of 2"),
+    "zero pages of a block that is not there": (_number("ZeroPages", 0, "<I", 9), ProtocolError, "block 9 of 2"),
+    "more runs than there are": (_number("Pages", 4, "<I", 1 << 20), ProtocolError, "1048576 page runs in"),
+    "page past the block": (_number("ZeroPages", 8, "<q", 1 << 40), ProtocolError, "page runs are|which has 80"),
+    "negative page": (_number("Pages", 8, "<q", -1), ProtocolError, "page runs are empty, negative"),
+    "run of no pages": (_number("Pages", 16, "<q", 0), ProtocolError, "page runs are empty"),
+    "run too long": (_number("Pages", 16, "<q", 1 << 50), ProtocolError, "page runs are|pages in one message"),
+    "facts that are none": (
+        _instead("PassEnd", Piece("PassEnd", HEAD.pack(PassEnd.TYPE, 0, 4) + b"\xff" * 4)),
+        ProtocolError,
+        "not a PassEnd message",
+    ),
+    "other contents": (
+        lambda pieces: replaced(pieces, "payload", _ones(pieces[first(pieces, "payload")])),
+        ProtocolError,
+        "memory differs from the source's at the switchover",
+    ),
+    "page left out": (_instead("ZeroPages"), ProtocolError, "memory differs from the source's at the switchover"),
+    "other digests": (_instead("Digests", piece(Digests((b"x", b"y")))), ProtocolError, "memory differs"),
+    "digests that were agreed on are missing": (
+        _instead("Digests"),
+        ProtocolError,
+        "the source sent its state without the digests that were agreed on",
+    ),
+    "digests that were not agreed on": (
+        _hello(verify=False),
+        ProtocolError,
+        "the source sent digests that were not agreed on",
+    ),
+    "state of something else": (
+        _instead("State", piece(State(True, {"toaster": {}}))),
+        UsageError,
+        "not the state of a fake machine",
+    ),
+    "state with a part cut off": (
+        _instead("State", piece(State(True, {"cpu0": {"place": b"\0"}}))),
+        UsageError,
+        "not the state of a fake machine",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", _REFUSED)
+def test_stream_with_something_wrong_is_refused_and_the_source_told_why(  # M5, M6
+    guest: FakeMachine, recording: Recording, name: str
+) -> None:
+    guest.memory.blocks["ram"].array[:] = 0xEE
+    guest.memory.blocks["rom"].array[:] = 0xEE
+    change, kind, cause = _REFUSED[name]
+    error, answer = play_to_destination(guest, stream(change(recording.source)))
+    assert type(error) is kind
+    with pytest.raises(kind, match=cause):
+        raise error
+    assert reason(answer) == str(error)
+    assert _never_started(guest)
+
+
+@pytest.mark.parametrize("name", [name for name in _NAMES if name not in ("Pages", "Handover")])
+def test_source_that_gives_up_ends_it_with_its_reason(  # M6
+    guest: FakeMachine, recording: Recording, name: str
+) -> None:
+    index = first(recording.source, name) + 1
+    pieces = (*recording.source[:index], piece(Failed("out of paper")))
+    error, answer = play_to_destination(guest, stream(pieces))
+    assert isinstance(error, RefusedError)
+    assert error.cause == "the source gave up: out of paper"
+    assert reason(answer) is None
+    assert _never_started(guest)
+
+
+@given(data=st.data())
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_change_of_the_stream_brings_the_guest_or_an_error(recording: Recording, data: st.DataObject) -> None:  # M5
+    changed = bytearray(stream(recording.source))
+    frames, start = [], 0
+    for one in recording.source:
+        if one.name != "payload":
+            frames += [*range(start, start + len(one.data))]
+        start += len(one.data)
+    for place in data.draw(st.lists(st.sampled_from(frames), min_size=1, max_size=3)):
+        changed[place] = data.draw(st.integers(0, 255))
+    with fake_machine(boot=False) as guest:
+        custody = Custody(guest)
+        error, _ = play_to_destination(guest, bytes(changed))
+        if error is None:
+            assert guest.state in (RunState.RUNNING, RunState.PAUSED)
+        else:
+            assert isinstance(error, DirtylogError)
+            assert custody.states[guest] == [RunState.INMIGRATE]
+
+
+def test_peer_that_says_nothing_is_given_up(
+    guest: FakeMachine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(channel_module, "HANDSHAKE_TIMEOUT", 0.02)
+    with closing(Listener(parse_address(f"unix:{tmp_path}/x"))) as listener, socket.socket(socket.AF_UNIX) as peer:
+        peer.connect(f"{tmp_path}/x")
+        with pytest.raises(DisconnectedError, match="the source has not moved a byte for a while"):
+            IncomingMigration(guest, listener).run()
+    assert _never_started(guest)
+
+
+def test_source_that_is_gone_before_it_was_greeted_leaves_the_guest_unstarted(  # M6
+    guest: FakeMachine, tmp_path: Path
+) -> None:
+    address = parse_address(f"unix:{tmp_path}/x")
+    with closing(Listener(address)) as listener:
+        connect(address).close()
+        with pytest.raises(DisconnectedError, match="the guest was not handed over and is not started here"):
+            IncomingMigration(guest, listener).run()
+    assert _never_started(guest)
+
+
+def test_abort_makes_a_waiting_destination_give_up(guest: FakeMachine, tmp_path: Path) -> None:
+    with closing(Listener(parse_address(f"unix:{tmp_path}/x"))) as listener:
+        incoming = IncomingMigration(guest, listener)
+        task = Task(incoming.run)
+        incoming.abort()
+        assert isinstance(task.error(), CancelledError)
+    assert _never_started(guest)
+
+
+@pytest.mark.parametrize("point", [point for point in DESTINATION if point.moment is not Moment.WITHIN], ids=str)
+def test_abort_ends_it_until_the_guest_is_handed_over(
+    point: Checkpoint, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(outgoing_module, "_GONE_TIMEOUT", 0.02)
+    address = parse_address(f"unix:{tmp_path}/x")
+    with (
+        fake_machine() as source,
+        fake_machine(boot=False) as guest,
+        closing(Listener(address)) as listener,
+    ):
+        custody = Custody(source, guest)
+        source.resume()
+        incoming = IncomingMigration(guest, listener)
+        install(point, incoming.abort, monkeypatch.setattr)
+        outgoing = OutgoingMigration(source, address, Parameters(verify=True))
+        sending = Task(outgoing.run)
+        error = Task(incoming.run).error()
+        if "Taken" in point.message:
+            assert error is None
+            sending.join()
+            assert (source.state, guest.state) == (RunState.POSTMIGRATE, RunState.RUNNING)
+        elif point.message == "Handover" or str(point) == "destination:after-sending:Ready":
+            sending.error()  # the source may have let go already; who runs the guest then depends on who was faster
+        else:
+            assert isinstance(error, CancelledError)
+            assert isinstance(sending.error(), DisconnectedError)
+            assert outgoing.status is Status.FAILED
+            assert (source.state, guest.state) == (RunState.RUNNING, RunState.INMIGRATE)
+        assert custody.most == 1
+
+
+def test_pages_sent_twice_end_as_they_were_sent_last(guest: FakeMachine, recording: Recording) -> None:
+    pages, payload = (recording.source[first(recording.source, name)] for name in ("Pages", "payload"))
+    assert isinstance(pages.message, Pages)
+    error, _ = play_to_destination(guest, stream(replaced(recording.source, "Pages", pages, _ones(payload), pages)))
+    assert error is None
+
+
+def test_nobody_else_is_taken_in_once_a_source_has_come(
+    guest: FakeMachine, recording: Recording, tmp_path: Path
+) -> None:
+    path = tmp_path / "x"
+    address = parse_address(f"unix:{path}")
+    with closing(Listener(address)) as listener, socket.socket(socket.AF_UNIX) as peer:
+        task = Task(IncomingMigration(guest, listener).run)
+        peer.connect(str(path))
+        wait_until(lambda: not path.exists(), "the destination took the first source")
+        with pytest.raises(DisconnectedError, match="cannot connect to the destination"):
+            connect(address)
+        talk(peer, stream(recording.source))
+        task.join()
+    assert guest.state is RunState.RUNNING

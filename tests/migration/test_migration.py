@@ -1,0 +1,329 @@
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+from support.checkpoints import DESTINATION, SOURCE, Checkpoint, Moment, install
+from support.custody import Custody
+from support.fake_machine import RAM_PAGES, ROM_PAGES, FakeMachine
+from support.guests import check_memory, check_runs_on, rounds, same_memory, wait_for_rounds
+from support.waiting import Task, wait_until
+
+from dirtylog.errors import CancelledError, DirtylogError, RefusedError, UsageError
+from dirtylog.machine import RunState
+from dirtylog.memory import Client, MemoryListener, MemoryRegionSection
+from dirtylog.migration import IncomingMigration, Listener, OutgoingMigration, Parameters, Status, parse_address
+from dirtylog.migration import outgoing as outgoing_module
+from dirtylog.migration.statistics import ENDED
+from dirtylog.trackers import KVMLogMode
+
+_NEVER = Parameters(downtime_limit=0.0)
+"""Memory that is still written is not switched over with these."""
+
+
+@pytest.fixture
+def stack() -> Iterator[ExitStack]:
+    with ExitStack() as stack:
+        yield stack
+
+
+def _machine(
+    stack: ExitStack, *, mode: KVMLogMode = KVMLogMode.MANUAL, ram_pages: int = RAM_PAGES, running: bool = False
+) -> FakeMachine:
+    made = FakeMachine(ram_pages, mode=mode)
+    stack.callback(made.memory.close)
+    stack.callback(made.close)
+    if running:
+        made.boot()
+        made.resume()
+        wait_for_rounds(made)
+    return made
+
+
+@contextmanager
+def _arrival(machine: FakeMachine, uri: str) -> Iterator[tuple[Task, str]]:
+    """An incoming migration, and the URI where it waits."""
+    with closing(Listener(parse_address(uri))) as listener:
+        task = Task(IncomingMigration(machine, listener).run)
+        try:
+            yield task, str(listener.address)
+        finally:
+            listener.abort()
+            task.error()
+
+
+def _migrate(
+    source: FakeMachine, destination: FakeMachine, uri: str, parameters: Parameters | None = None
+) -> OutgoingMigration:
+    custody = Custody(source, destination)
+    with _arrival(destination, uri) as (task, address):
+        outgoing = OutgoingMigration(source, parse_address(address), parameters or Parameters())
+        outgoing.run()
+        task.join()
+    assert custody.most <= 1  # M1
+    assert source.state is RunState.POSTMIGRATE
+    return outgoing
+
+
+@pytest.fixture(params=["unix", "tcp"])
+def uri(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    return f"unix:{tmp_path}/socket" if request.param == "unix" else "tcp:127.0.0.1:0"
+
+
+@pytest.fixture
+def unix(tmp_path: Path) -> str:
+    return f"unix:{tmp_path}/socket"
+
+
+@pytest.mark.parametrize("verify", [False, True], ids=["", "verified"])
+@pytest.mark.parametrize("mode", KVMLogMode, ids=lambda mode: mode.value)
+def test_running_guest_moves_and_runs_on(stack: ExitStack, uri: str, mode: KVMLogMode, verify: bool) -> None:
+    source, destination = _machine(stack, mode=mode, running=True), _machine(stack, mode=mode)
+    outgoing = _migrate(source, destination, uri, Parameters(verify=verify))
+    assert outgoing.status is Status.COMPLETED
+    assert bool(outgoing.statistics.digests) is verify
+    assert rounds(destination) >= rounds(source)
+    check_memory(source)
+    check_runs_on(destination)
+
+
+def test_paused_guest_moves_byte_for_byte_and_stays_paused(stack: ExitStack, uri: str) -> None:
+    source, destination = _machine(stack, running=True), _machine(stack)
+    for block in destination.memory.blocks.values():
+        block.array[:] = 0xEE
+    source.pause()
+    _migrate(source, destination, uri)
+    assert destination.state is RunState.PAUSED
+    assert same_memory(source, destination)
+    check_memory(destination)
+    destination.resume()
+    check_runs_on(destination)
+
+
+def test_guest_that_was_not_started_yet_can_be_moved(stack: ExitStack, unix: str) -> None:
+    source, destination = _machine(stack), _machine(stack)
+    source.boot()
+    _migrate(source, destination, unix)
+    assert destination.state is RunState.PAUSED
+    assert same_memory(source, destination)
+
+
+def test_guest_moves_on_and_back_between_machines_with_different_logs(stack: ExitStack, unix: str) -> None:
+    there = _machine(stack, mode=KVMLogMode.LEGACY, running=True)
+    for mode in (KVMLogMode.INITIALLY_SET, KVMLogMode.MANUAL, KVMLogMode.LEGACY):
+        here = _machine(stack, mode=mode)
+        _migrate(there, here, unix, Parameters(verify=True))
+        check_runs_on(here)
+        there = here
+
+
+def test_guest_that_was_taken_back_can_be_moved_again(stack: ExitStack, unix: str) -> None:
+    source = _machine(stack, running=True)
+    _migrate(source, _machine(stack), unix)
+    source.resume()
+    destination = _machine(stack)
+    _migrate(source, destination, unix, Parameters(verify=True))
+    check_runs_on(destination)
+
+
+def test_migration_costs_other_clients_no_page(stack: ExitStack, unix: str) -> None:  # D4
+    source, destination = _machine(stack, running=True), _machine(stack)
+    region = source.memory.ram_regions[0]
+    region.start_logging_display()
+    region.snapshot_and_clear_dirty(0, region.size, Client.DISPLAY)
+    wait_for_rounds(source)
+    _migrate(source, destination, unix)
+    assert region.snapshot_and_clear_dirty(0, region.size, Client.DISPLAY).is_dirty(16 * 4096, 32 * 4096)
+    region.stop_logging_display()
+
+
+@pytest.mark.parametrize("clear_chunk", [1, 256 << 10, 1 << 40])
+def test_any_clear_chunk_loses_nothing(stack: ExitStack, unix: str, clear_chunk: int) -> None:
+    source, destination = _machine(stack, running=True), _machine(stack)
+    _migrate(source, destination, unix, Parameters(clear_chunk=clear_chunk, verify=True))
+    check_runs_on(destination)
+
+
+def test_machines_with_different_memory_do_not_migrate(stack: ExitStack, unix: str) -> None:  # M2, M6
+    source, destination = _machine(stack, running=True), _machine(stack, ram_pages=RAM_PAGES * 2)
+    with _arrival(destination, unix) as (task, address):
+        outgoing = OutgoingMigration(source, parse_address(address), Parameters())
+        with pytest.raises(RefusedError, match=r"the destination gave up: the source's memory is ram of 320\.0 KiB"):
+            outgoing.run()
+        assert isinstance(task.error(), UsageError)
+    assert destination.state is RunState.INMIGRATE
+    check_runs_on(source)
+
+
+def test_two_migrations_in_one_process_do_not_meet(stack: ExitStack, tmp_path: Path) -> None:
+    pairs = [(_machine(stack, running=True), _machine(stack)) for _ in range(2)]
+    tasks = [
+        Task(partial(_migrate, source, destination, f"unix:{tmp_path}/{n}", Parameters(verify=True)))
+        for n, (source, destination) in enumerate(pairs)
+    ]
+    for task in tasks:
+        task.join()
+    for _, destination in pairs:
+        check_runs_on(destination)
+
+
+def test_machine_is_in_the_migrations_hands_while_it_is_switched_over(
+    stack: ExitStack, unix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, destination = _machine(stack, running=True), _machine(stack)
+    refused: list[str] = []
+
+    def meddle() -> None:
+        for method in (source.resume, source.pause, destination.resume, destination.pause):
+            with pytest.raises(UsageError, match="in the hands of a migration") as caught:
+                method()
+            refused.append(caught.value.cause)
+
+    install(SOURCE[-2], meddle, monkeypatch.setattr)
+    assert str(SOURCE[-2]) == "source:after-receiving:Ready"
+    _migrate(source, destination, unix)
+    assert len(refused) == 4
+    check_runs_on(destination)
+
+
+class _Restless(MemoryListener):
+    """Somebody in the host who writes a page whenever it is asked what was written."""
+
+    def log_sync(self, section: MemoryRegionSection) -> None:
+        section.region.set_dirty(section.offset_within_region, 1)
+
+
+class _Endless:
+    """A migration that does not converge until its parameters change, or it is cancelled."""
+
+    def __init__(self, stack: ExitStack, uri: str, parameters: Parameters = _NEVER) -> None:
+        self.source, self.destination = _machine(stack, running=True), _machine(stack)
+        self.source.memory.register(_Restless(), self.source.system)
+        self.custody = Custody(self.source, self.destination)
+        self.arrival, address = stack.enter_context(_arrival(self.destination, uri))
+        self.statuses: list[Status] = []
+        self.outgoing = OutgoingMigration(self.source, parse_address(address), parameters, observe=self.statuses.append)
+        self.task = Task(self.outgoing.run)
+        wait_until(lambda: len(self.outgoing.statistics.passes) > 2, "some passes were sent")
+
+
+def test_new_downtime_limit_holds_at_once(stack: ExitStack, unix: str) -> None:
+    endless = _Endless(stack, unix)
+    assert endless.outgoing.status is Status.ACTIVE
+    endless.outgoing.parameters = Parameters()
+    endless.task.join()
+    endless.arrival.join()
+    assert endless.statuses == [Status.SETUP, Status.ACTIVE, Status.DEVICE, Status.COMPLETED]
+    assert endless.custody.most == 1
+    check_runs_on(endless.destination)
+
+
+def test_what_was_agreed_on_at_the_start_cannot_be_changed_later(stack: ExitStack, unix: str) -> None:
+    endless = _Endless(stack, unix)
+    endless.outgoing.parameters = Parameters(verify=True, clear_chunk=1)
+    endless.task.join()
+    endless.arrival.join()
+    assert endless.outgoing.statistics.digests == {}
+    check_runs_on(endless.destination)
+
+
+def test_bandwidth_limit_slows_the_passes_down_but_not_the_last(stack: ExitStack, unix: str) -> None:
+    source, destination = _machine(stack, running=True), _machine(stack)
+    rate = 4 << 20
+    outgoing = _migrate(source, destination, unix, Parameters(max_bandwidth=rate))
+    passes = outgoing.statistics.passes
+    assert passes[0].bytes / passes[0].seconds <= rate * 1.01
+    assert outgoing.elapsed >= passes[0].bytes / rate
+    assert passes[-1].bytes / passes[-1].seconds > rate
+
+
+def test_cancelled_migration_leaves_the_guest_running(stack: ExitStack, uri: str) -> None:  # M2
+    endless = _Endless(stack, uri)
+    assert endless.outgoing.cancel()
+    assert isinstance(endless.task.error(), CancelledError)
+    assert isinstance(endless.outgoing.error, CancelledError)
+    assert endless.statuses == [Status.SETUP, Status.ACTIVE, Status.CANCELLING, Status.CANCELLED]
+    assert endless.arrival.error() is not None
+    assert endless.custody.states[endless.destination] == [RunState.INMIGRATE]  # M6
+    assert not endless.outgoing.cancel()
+    check_runs_on(endless.source)
+
+
+def test_migration_cancelled_while_it_waits_for_bandwidth_ends_at_once(stack: ExitStack, unix: str) -> None:
+    source, destination = _machine(stack, running=True), _machine(stack)
+    with _arrival(destination, unix) as (_, address):
+        outgoing = OutgoingMigration(source, parse_address(address), Parameters(max_bandwidth=1))
+        task = Task(outgoing.run)
+        wait_until(lambda: outgoing.statistics.bytes, "something was sent")
+        outgoing.cancel()
+        assert isinstance(task.error(), CancelledError)
+    assert outgoing.elapsed < 20
+    check_runs_on(source)
+
+
+def test_migration_cancelled_before_it_began_does_nothing(stack: ExitStack, unix: str) -> None:
+    source, destination = _machine(stack, running=True), _machine(stack)
+    with _arrival(destination, unix) as (_, address):
+        outgoing = OutgoingMigration(source, parse_address(address), Parameters())
+        assert outgoing.cancel()
+        with pytest.raises(CancelledError):
+            outgoing.run()
+    assert outgoing.status is Status.CANCELLED
+    assert outgoing.statistics.passes == []
+    assert destination.state is RunState.INMIGRATE
+    check_runs_on(source)
+
+
+def test_finished_migration_cannot_be_cancelled(stack: ExitStack, unix: str) -> None:
+    outgoing = _migrate(_machine(stack, running=True), _machine(stack), unix)
+    assert not outgoing.cancel()
+    assert outgoing.status is Status.COMPLETED
+
+
+@pytest.mark.parametrize(
+    "point", [point for point in SOURCE + DESTINATION if point.moment is not Moment.WITHIN], ids=str
+)
+def test_cancel_at_any_moment_leaves_the_guest_with_one_owner(  # M1, M2
+    stack: ExitStack, unix: str, point: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(outgoing_module, "_GONE_TIMEOUT", 0.02)
+    source, destination = _machine(stack, running=True), _machine(stack)
+    custody = Custody(source, destination)
+    agreed: list[bool] = []
+    with _arrival(destination, unix) as (arrival, address):
+        outgoing = OutgoingMigration(source, parse_address(address), Parameters(verify=True))
+        with monkeypatch.context() as patch:
+            install(point, lambda: agreed.append(outgoing.cancel()), patch.setattr)
+            error = Task(outgoing.run).error()
+            arrived = arrival.error()
+    assert outgoing.status in ENDED
+    if agreed[0]:
+        assert isinstance(error, CancelledError)
+        assert outgoing.status is Status.CANCELLED
+        assert isinstance(arrived, DirtylogError)
+        assert destination.state is RunState.INMIGRATE
+        check_runs_on(source)
+        _migrate(source, _machine(stack), unix, Parameters(verify=True))
+    else:
+        assert error is None
+        assert arrived is None
+        assert source.state is RunState.POSTMIGRATE
+        check_runs_on(destination)
+    assert custody.most == 1
+    handed_over = ("Handover", "Taken")
+    if point.message in handed_over or str(point) == "destination:after-sending:Ready":
+        return  # from the moment when the source lets go, and not before, cancelling is refused
+    assert agreed == [True]
+
+
+def test_memory_the_size_of_many_batches_moves_whole(stack: ExitStack, unix: str) -> None:
+    source, destination = _machine(stack, ram_pages=9000), _machine(stack, ram_pages=9000)
+    source.boot()
+    array = source.memory.blocks["ram"].array
+    array[100 * 4096 :: 3 * 4096] = 9
+    array[5000 * 4096 : 8000 * 4096] = 7
+    outgoing = _migrate(source, destination, unix, replace(Parameters(), verify=True))
+    assert same_memory(source, destination)
+    assert outgoing.statistics.passes[0].pages + outgoing.statistics.passes[0].zero_pages == 9000 + ROM_PAGES

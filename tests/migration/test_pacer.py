@@ -1,0 +1,92 @@
+import threading
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dirtylog.errors import CancelledError
+from dirtylog.migration import pacer as pacer_module
+from dirtylog.migration.pacer import Pacer
+
+
+class _Clock(threading.Event):
+    """Time that passes only by waiting, and an event that nobody sets."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def wait(self, timeout: float | None = None) -> bool:
+        assert timeout is not None
+        assert timeout >= 0
+        self.now += timeout
+        return self.is_set()
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> _Clock:
+    clock = _Clock()
+    monkeypatch.setattr(pacer_module, "time", clock)
+    return clock
+
+
+def test_sender_without_a_limit_never_waits(clock: _Clock) -> None:
+    pacer = Pacer(clock)
+    for _ in range(10):
+        pacer.pace(1 << 30, 0)
+    assert clock.now == 1000.0
+
+
+def test_sender_takes_as_long_as_its_rate_says(clock: _Clock) -> None:
+    pacer = Pacer(clock)
+    for _ in range(10):
+        pacer.pace(100, 1000)
+    assert clock.now == pytest.approx(1001.0)
+
+
+def test_time_that_sending_took_counts(clock: _Clock) -> None:
+    pacer = Pacer(clock)
+    pacer.pace(100, 1000)
+    clock.now += 0.05
+    pacer.pace(100, 1000)
+    assert clock.now == pytest.approx(1000.1 + 0.05 + 0.1)
+
+
+def test_idle_time_is_not_made_up_for(clock: _Clock) -> None:
+    pacer = Pacer(clock)
+    pacer.pace(1, 1000)
+    clock.now += 60
+    before = clock.now
+    pacer.pace(1000, 1000)
+    assert clock.now == pytest.approx(before + 1)
+
+
+def test_new_rate_counts_from_the_next_piece_on(clock: _Clock) -> None:
+    pacer = Pacer(clock)
+    pacer.pace(100, 100)
+    pacer.pace(100, 1000)
+    assert clock.now == pytest.approx(1001.1)
+    pacer.pace(100, 0)
+    assert clock.now == pytest.approx(1001.1)
+
+
+@pytest.mark.parametrize("rate", [0, 1])
+def test_cancelled_sender_is_told_without_waiting(rate: int) -> None:
+    cancelled = threading.Event()
+    cancelled.set()
+    with pytest.raises(CancelledError):
+        Pacer(cancelled).pace(1 << 40, rate)
+
+
+@given(st.lists(st.integers(1, 1 << 22), min_size=1, max_size=50), st.integers(1, 1 << 30))
+def test_no_sequence_of_pieces_exceeds_the_rate(sizes: list[int], rate: int) -> None:
+    clock = _Clock()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pacer_module, "time", clock)
+        pacer = Pacer(clock)
+        for size in sizes:
+            pacer.pace(size, rate)
+    assert clock.now - 1000.0 == pytest.approx(sum(sizes) / rate, rel=1e-6, abs=1e-6)
