@@ -234,22 +234,34 @@ def test_last_words_that_are_garbage_are_none(raw: tuple[Channel, socket.socket]
     assert channel.last_words() is None
 
 
-def test_message_is_read_although_the_sender_left_bytes_unread() -> None:
-    """Closing a TCP socket with unread bytes is a reset, which can cost the peer what was sent before."""
-    with closing(Listener(TCPAddress("127.0.0.1", 0))) as listener, connect(listener.address) as source:
-        with listener.accept() as destination:
-            source.send(_HELLO)
-            destination.expect(Hello)
-            destination.send(_WELCOME)
-            source.expect(Welcome)
-            source.send(Pages(0, np.array([[0, 256]], np.int64)), [memoryview(bytes(256 * PAGE_SIZE))])
-            destination.send(Failed("enough"))
-            finishing = Task(destination.finish)
-            words = source.last_words()
-            source.close()
-            finishing.join()
-        assert words is not None
-        assert words.cause == "the destination gave up: enough"
+@pytest.mark.parametrize("family", ["unix", "tcp"])
+def test_side_that_gives_up_hears_the_other_out_so_that_its_reason_arrives(
+    tmp_path: Path, family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Closing a socket with unread bytes is a reset, which breaks the other's send and can cost it the reason."""
+    monkeypatch.setattr(channel_module, "_DRAIN_SECONDS", 30.0)
+    address = UnixAddress(f"{tmp_path}/x") if family == "unix" else TCPAddress("127.0.0.1", 0)
+    with closing(Listener(address)) as listener, connect(listener.address) as source:
+        destination = listener.accept()
+
+        def give_up() -> None:
+            with destination:
+                destination.send(Failed("enough"))
+                destination.finish()
+
+        source.send(_HELLO)
+        destination.expect(Hello)
+        destination.send(_WELCOME)
+        source.expect(Welcome)
+        task = Task(give_up)
+        pages = np.array([[0, MAX_BATCH_PAGES]], np.int64)
+        for _ in range(2):
+            source.send(Pages(0, pages), [memoryview(bytes(MAX_BATCH_PAGES * PAGE_SIZE))])
+        words = source.last_words()
+        source.close()
+        task.join()
+    assert words is not None
+    assert words.cause == "the destination gave up: enough"
 
 
 def test_finish_waits_only_so_long_for_a_silent_peer(

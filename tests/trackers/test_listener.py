@@ -1,3 +1,6 @@
+from collections.abc import Callable
+from random import Random
+
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -217,26 +220,91 @@ class DirtyLogUsers(RuleBasedStateMachine):
             self.world.close()
 
 
+class OnTheModel(DirtyLogUsers):
+    mode: KVMLogMode
+
+    def make_world(self) -> World:
+        return ModelWorld(self.mode, PAGES)
+
+
 @pytest.mark.parametrize("mode", KVMLogMode)
 def test_no_write_is_lost_whoever_clears_when(mode: KVMLogMode) -> None:  # D1 D2 D4 D5 D9
-    class OnTheModel(DirtyLogUsers):
-        def make_world(self) -> World:
-            return ModelWorld(mode, PAGES)
-
+    machine = type("Users", (OnTheModel,), {"mode": mode})
     run_state_machine_as_test(
-        OnTheModel, settings=settings(deadline=None, max_examples=60, stateful_step_count=50, derandomize=True)
+        machine, settings=settings(deadline=None, max_examples=30, stateful_step_count=50, derandomize=True)
     )
 
 
+Step = Callable[[DirtyLogUsers, Random], None]
+
+
+def some_pages(random: Random) -> list[int]:
+    return random.choices(WRITTEN, k=random.randint(1, 4))
+
+
+def some_range(random: Random) -> tuple[int, int]:
+    first, end = sorted(random.sample(EDGES, 2))
+    return first, end
+
+
+def coin(random: Random) -> bool:
+    return random.random() < 0.5
+
+
+ALWAYS: list[tuple[float, Step]] = [
+    (4, lambda users, random: users.guest_writes(some_pages(random))),
+    (2, lambda users, random: users.guest_writes_through_every_window(some_pages(random))),
+    (1, lambda users, random: users.host_writes(random.choice(WRITTEN))),
+    (0.3, lambda users, random: users.window_goes_or_comes(random.randrange(len(WINDOWS)), coin(random))),
+    (0.1, lambda users, random: users.listener_is_replaced()),
+    (1, lambda users, random: users.sync()),
+    (0.5, lambda users, random: users.display_starts_or_stops()),
+    (0.5, lambda users, random: users.migration_starts_or_stops(coin(random))),
+]
+WITH_A_DISPLAY: list[tuple[float, Step]] = [
+    (2, lambda users, random: users.display_refreshes(some_range(random), coin(random))),
+    (0.2, lambda users, random: users.display_catches_up()),
+]
+WITH_A_MIGRATION: list[tuple[float, Step]] = [
+    (2, lambda users, random: users.migration_harvests(coin(random), coin(random))),
+    (2, lambda users, random: users.migration_sends(
+        some_range(random), some_pages(random), some_pages(random), coin(random))),
+    (0.2, lambda users, random: users.migration_catches_up()),
+]  # fmt: skip
+
+
+def walk(users: DirtyLogUsers, seed: int, steps: int) -> None:
+    """Let the users do ``steps`` things at random; many more than Hypothesis would in the same time."""
+    random = Random(seed)  # noqa: S311 - not for secrets
+    users.set_up()
+    try:
+        for _ in range(steps):
+            possible = ALWAYS.copy()
+            possible += WITH_A_DISPLAY if users.screen is not None else []
+            possible += WITH_A_MIGRATION if users.destination is not None else []
+            weights, actions = zip(*possible, strict=True)
+            random.choices(actions, weights)[0](users, random)
+            users.every_stale_page_is_known()
+    finally:
+        users.teardown()
+
+
 @pytest.mark.parametrize("mode", KVMLogMode)
-def test_no_write_is_lost_on_kvm_whoever_clears_when(kvm: KVM, mode: KVMLogMode) -> None:  # D1 D2 D4 D5 D9
+def test_no_write_is_lost_on_long_walks(mode: KVMLogMode) -> None:  # D1 D2 D4 D5 D9
+    for seed in range(50):
+        users = OnTheModel()
+        users.mode = mode
+        walk(users, seed, 250)
+
+
+@pytest.mark.parametrize("mode", KVMLogMode)
+def test_no_write_is_lost_on_kvm(kvm: KVM, mode: KVMLogMode) -> None:  # D1 D2 D4 D5 D9
     class OnKVM(DirtyLogUsers):
         def make_world(self) -> World:
             return KVMWorld(kvm, mode, PAGES)
 
-    run_state_machine_as_test(
-        OnKVM, settings=settings(deadline=None, max_examples=15, stateful_step_count=50, derandomize=True)
-    )
+    for seed in range(10):
+        walk(OnKVM(), seed, 200)
 
 
 def test_listener_offers_a_clear_only_where_collecting_does_not_clear() -> None:  # D5

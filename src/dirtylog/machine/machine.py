@@ -84,17 +84,22 @@ class Machine(ABC):
             if self._state is RunState.RUNNING:
                 self._go(RunState.PAUSED)
 
-    def hold(self, state: RunState) -> None:
+    def hold(self, state: RunState) -> RunState:
         """For a migration: stop, if it runs, and stay in a state of `HELD` until `release`.
+
+        Returns:
+            The state it was in.
 
         Raises:
             DirtylogError: the guest ended by itself.
         """
         with self._state_lock:
+            before = self._state
             self._go(state)
+            return before
 
     def release(self, state: RunState) -> None:
-        """The reverse of `hold`: to running, paused or postmigrate. Nothing to do if it is not held."""
+        """The reverse of `hold`: to a state outside `HELD`. Nothing to do if it is not held."""
         with self._state_lock:
             if self._state in HELD:
                 self._go(state)

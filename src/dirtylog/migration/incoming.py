@@ -65,25 +65,29 @@ class IncomingMigration:
         Raises:
             DirtylogError: it failed. The guest was not started here, and the machine cannot be used any more.
         """
-        with self._listener.accept() as channel:
-            self._listener.close()
-            try:
+        try:
+            with self._listener.accept() as channel:
+                self._listener.close()
                 self._adopt(channel)
-                self._receive(channel)
-            except DisconnectedError as error:
-                raise DisconnectedError(
-                    f"{error.cause}; the guest was not handed over and is not started here",
-                    remedy="start this side again, then the migration",
-                ) from error
-            except DirtylogError as error:
-                _tell(channel, error)
-                raise
+                self._converse(channel)
+        except DisconnectedError as error:
+            raise DisconnectedError(
+                f"{error.cause}; the guest was not handed over and is not started here",
+                remedy="start this side again, then the migration",
+            ) from error
 
     def _adopt(self, channel: Channel) -> None:
         with self._lock:
             self._channel = channel
             if self._aborted:
                 channel.abort()
+
+    def _converse(self, channel: Channel) -> None:
+        try:
+            self._receive(channel)
+        except DirtylogError as error:
+            _tell(channel, error)
+            raise
 
     def _receive(self, channel: Channel) -> None:
         self._welcome(channel, channel.expect(Hello))
@@ -151,7 +155,7 @@ class IncomingMigration:
 
 def _tell(channel: Channel, error: DirtylogError) -> None:
     """Let the source know why; it may be gone."""
-    if isinstance(error, CancelledError | RefusedError):
+    if isinstance(error, CancelledError | DisconnectedError | RefusedError):
         return
     try:
         channel.send(Failed(str(error)[:4096]))

@@ -166,39 +166,41 @@ class OutgoingMigration:
 
     def _switch_over(self, channel: Channel, precopy: Precopy, destination: ProcessName) -> None:
         """Stop the guest, send the rest, hand over. Any failure before the guest is gone brings it back."""
-        running = self._machine.state is RunState.RUNNING
         stopped = time.monotonic()
-        self._machine.hold(RunState.FINISH_MIGRATE)
+        before = self._machine.hold(RunState.FINISH_MIGRATE)
         try:
             self._enter(Status.DEVICE)
             precopy.sync(last_stage=True)
             precopy.send_pass(paced=False)
-            self._send_state(channel, running)
+            self._send_state(channel, running=before is RunState.RUNNING)
             self._hand_over(channel, destination)
         except InDoubtError:
             self._machine.release(RunState.POSTMIGRATE)
             raise
         except BaseException:
-            self._machine.release(RunState.RUNNING if running else RunState.PAUSED)
+            self._machine.release(before)
             raise
         self.statistics.downtime = time.monotonic() - stopped - self.statistics.verify_seconds
         self._machine.release(RunState.POSTMIGRATE)
 
-    def _send_state(self, channel: Channel, running: bool) -> None:
+    def _send_state(self, channel: Channel, *, running: bool) -> None:
         """Send what is not memory, and wait until the destination has loaded everything."""
         blocks = self._machine.memory.blocks.values()
         digests: tuple[bytes, ...] = ()
+        asked = 0.0
         if self._verify:
             began = time.monotonic()
             digests = tuple(block_digest(block) for block in blocks)
-            self.statistics.verify_seconds = time.monotonic() - began
+            asked = time.monotonic()
+            self.statistics.verify_seconds = asked - began
             channel.send(Digests(digests))
             channel.set_timeout(STALL_TIMEOUT + self.statistics.total_bytes / _SLOW_DIGEST)
         channel.send(State(running, self._machine.save_state()))
         ready = channel.expect(Ready)
         if ready.digests != digests:
             raise RefusedError("the destination's memory differs from the source's at the switchover")
-        self.statistics.verify_seconds += ready.verify_ns / 1e9
+        if self._verify:  # the destination cannot have compared for longer than we waited, whatever it says
+            self.statistics.verify_seconds += min(ready.verify_ns / 1e9, time.monotonic() - asked)
         self.statistics.digests = dict(zip((block.name for block in blocks), digests, strict=False))
 
     def _hand_over(self, channel: Channel, destination: ProcessName) -> None:
