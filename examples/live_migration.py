@@ -8,6 +8,7 @@ Leaves nothing behind. Exit status 0 if all of that was seen.
 """
 
 import argparse
+import signal
 import subprocess
 import sys
 import tempfile
@@ -19,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from dirtylog.control.qmp import QMPClient
-from dirtylog.errors import DisconnectedError
+from dirtylog.errors import DirtylogError, DisconnectedError
 from dirtylog.guests.dirtier import COUNTER_ADDRESS, build, check_pages
 from dirtylog.units import MIB, PAGE_SIZE, parse_size
 
@@ -29,14 +30,17 @@ WAIT_SECONDS = 15.0
 
 def main() -> int:
     """Run the demonstration."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # unwinds, and so ends what was started
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--memory", default="1G", help="RAM of the guest (default: 1G)")
     parser.add_argument("--last", default="256M", help="the guest writes pages from 1M up to here (default: 256M)")
     options = parser.parse_args()
-    last = parse_size(options.last)
-    with ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="dirtylog-")))
-        return demonstrate(stack, folder, options.memory, last)
+    try:
+        with ExitStack() as stack:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="dirtylog-")))
+            return demonstrate(stack, folder, options.memory, parse_size(options.last))
+    except DirtylogError as error:
+        raise SystemExit(f"live_migration.py: error: {error}") from error
 
 
 def demonstrate(stack: ExitStack, folder: Path, memory: str, last: int) -> int:

@@ -6,7 +6,6 @@ from typing import Final
 from dirtylog.errors import UsageError
 
 PAGE_SIZE: Final = 4096
-PAGE_SHIFT: Final = 12
 HUGE_PAGE_SIZE: Final = 1 << 21
 """What one entry of an x86 page directory maps."""
 WORD_BITS: Final = 64
@@ -83,8 +82,8 @@ def _whole(text: str, number: str, factor: int, what: str) -> int:
 
 def format_size(size: float) -> str:
     """Bytes for people: ``4.0 KiB``, ``1.5 GiB``."""
-    for prefix in ("", "Ki", "Mi", "Gi", "Ti", "Pi"):
-        if abs(size) < 1024 or prefix == "Pi":
+    for prefix in ("", "Ki", "Mi", "Gi", "Ti", "Pi", "Ei"):
+        if abs(size) < 1024 or prefix == "Ei":
             break
         size /= 1024
     return f"{size:.0f} B" if prefix == "" else f"{size:.1f} {prefix}B"

@@ -83,6 +83,19 @@ def test_nothing_is_certain_without_a_descriptor(monkeypatch: pytest.MonkeyPatch
     assert not replace(ProcessName.own(), pid=(1 << 31) - 1).is_gone()
 
 
+@pytest.mark.parametrize("hidden", [FileNotFoundError, PermissionError])
+def test_process_that_proc_hides_is_not_gone_while_it_lives(  # M1
+    child: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch, hidden: type[OSError]
+) -> None:
+    name = _name(child)
+
+    def refuse(pid: int) -> int:
+        raise hidden
+
+    monkeypatch.setattr(process_module, "_start_time", refuse)
+    assert not name.is_gone()
+
+
 def test_asking_leaves_no_descriptor(child: subprocess.Popen[bytes]) -> None:
     before = set(os.listdir("/proc/self/fd"))
     name = _name(child)

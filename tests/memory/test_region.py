@@ -147,15 +147,14 @@ def test_harvest_refuses_a_bitmap_of_another_length(board: Board) -> None:
         board.ram.harvest_dirty(PageBitmap(PAGES - 64))
 
 
-def test_pages_of_a_failed_send_are_dirty_again_and_no_more(board: Board) -> None:  # D7
+def test_harvest_takes_pages_from_no_other_client(board: Board) -> None:  # D7
     board.ram.set_dirty(70 * PAGE_SIZE, 60 * PAGE_SIZE)
-    mine = PageBitmap(PAGES)
-    board.ram.harvest_dirty(mine)
-    taken = mine.fetch_and_clear(75, 50)
+    before = board.ram.is_dirty(0, board.ram.size, Client.DISPLAY)
 
-    mine.merge(taken, 75, 50)
+    board.ram.harvest_dirty(PageBitmap(PAGES))
 
-    assert mine.runs().tolist() == [[70, 60]]
+    assert board.ram.is_dirty(0, board.ram.size, Client.DISPLAY) == before
+    assert not board.ram.is_dirty(0, board.ram.size, Client.MIGRATION)
 
 
 @pytest.mark.parametrize(

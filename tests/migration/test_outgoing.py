@@ -2,6 +2,7 @@ import struct
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -25,6 +26,7 @@ from dirtylog.errors import (
     InDoubtError,
     ProtocolError,
     RefusedError,
+    UsageError,
 )
 from dirtylog.linux.process import ProcessName
 from dirtylog.machine import RunState
@@ -231,6 +233,56 @@ def test_guest_is_taken_back_when_the_destinations_process_is_gone(  # M1
     gone = replace(_OWN, start_time=_OWN.start_time + 1)  # its number was given to another process meanwhile
     _, error, _ = _play(guest, tmp_path, stream(_without_taken(recording, gone)))
     assert type(error) is DisconnectedError
+    assert guest.state is RunState.RUNNING
+
+
+@pytest.mark.parametrize("defect", [KeyboardInterrupt, OSError, MemoryError])
+def test_whatever_goes_wrong_after_the_handover_leaves_the_guest_stopped(  # M1
+    guest: FakeMachine,
+    recording: Recording,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    defect: type[BaseException],
+) -> None:
+    expect = channel_module.Channel.expect
+
+    def interrupted(self: channel_module.Channel, kind: type[Any]) -> Any:
+        if kind is Taken:
+            raise defect
+        return expect(self, kind)
+
+    monkeypatch.setattr(channel_module.Channel, "expect", interrupted)
+    with playing_destination(tmp_path, stream(_without_taken(recording, _OWN)), end=False) as uri:
+        outgoing = OutgoingMigration(guest, parse_address(uri), Parameters(verify=True))
+        with pytest.raises((defect, DirtylogError)):
+            outgoing.run()
+    assert guest.state is RunState.POSTMIGRATE
+    assert outgoing.status is Status.FAILED
+
+
+def test_interrupted_migration_ends_and_brings_the_guest_back(  # M2
+    guest: FakeMachine, recording: Recording, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(FakeMachine, "save_state", interrupted)
+    with playing_destination(tmp_path, stream(recording.destination), end=False) as uri:
+        outgoing = OutgoingMigration(guest, parse_address(uri), Parameters(verify=True))
+        with pytest.raises(KeyboardInterrupt):
+            outgoing.run()
+    assert outgoing.ended
+    assert guest.state is RunState.RUNNING
+
+
+def test_memory_that_is_logged_for_a_migration_is_not_migrated_by_another(  # D7
+    guest: FakeMachine, recording: Recording, tmp_path: Path
+) -> None:
+    guest.memory.start_logging(TrackingReason.MIGRATION)
+    with playing_destination(tmp_path, stream(recording.destination)) as uri:
+        error = Task(OutgoingMigration(guest, parse_address(uri), _VERIFY).run).error()
+    assert isinstance(error, UsageError)
+    assert TrackingReason.MIGRATION in guest.memory.tracking
     assert guest.state is RunState.RUNNING
 
 

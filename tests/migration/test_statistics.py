@@ -1,4 +1,4 @@
-from dirtylog.migration.statistics import ENDED, PassStatistics, Statistics, Status
+from dirtylog.migration.statistics import ENDED, MOST_PASSES, PassStatistics, Statistics, Status
 
 
 def test_totals_are_the_sums_of_the_passes() -> None:
@@ -22,3 +22,15 @@ def test_status_words_are_those_of_qemu() -> None:
     words = "none setup active device completed failed cancelling cancelled"
     assert [status.value for status in Status] == words.split()
     assert {status.value for status in ENDED} == {"completed", "failed", "cancelled"}
+
+
+def test_old_passes_are_summed_up_so_that_a_long_migration_stays_small() -> None:
+    statistics = Statistics()
+    for number in range(1, 3 * MOST_PASSES + 1):
+        current = statistics.begin_pass()
+        assert current.number == number
+        current.pages, current.zero_pages, current.bytes = 2, 1, 8200
+    assert len(statistics.passes) == MOST_PASSES
+    assert statistics.pass_count == 3 * MOST_PASSES
+    assert (statistics.pages, statistics.zero_pages) == (6 * MOST_PASSES, 3 * MOST_PASSES)
+    assert statistics.bytes == 3 * MOST_PASSES * 8200

@@ -30,7 +30,7 @@ _ENDED: Final = frozenset({"completed", "failed", "cancelled"})
     type=DURATION,
     default="300ms",
     show_default=True,
-    help="How long the guest may stand still at the switchover.",
+    help="How long the guest may stand still at the switchover. Some 10 ms are always set aside for state.",
 )
 @click.option("--bandwidth", type=RATE, default=0, help="Send no faster while the guest runs. No limit unless given.")
 @click.option(

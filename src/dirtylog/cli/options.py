@@ -31,6 +31,18 @@ class UnitType(click.ParamType):  # type: ignore[type-arg]  # generic only in re
             self.fail(str(error), param, ctx)
 
 
+def parse_address(text: str) -> int:
+    """An address: hexadecimal after ``0x``, or as a size."""
+    digits = text.strip().lower()
+    if not digits.startswith("0x"):
+        return parse_size(text)
+    try:
+        return int(digits, 16)
+    except ValueError as error:
+        raise UsageError(f"{text!r} is not an address", remedy="write one like 0x7c00, 31K or 1M") from error
+
+
+ADDRESS: Final = UnitType("address", parse_address)
 SIZE: Final = UnitType("size", parse_size)
 RATE: Final = UnitType("rate", parse_rate)
 DURATION: Final = UnitType("duration", parse_duration)

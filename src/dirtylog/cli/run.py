@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from dirtylog.cli.options import SIZE
+from dirtylog.cli.options import ADDRESS, SIZE
 from dirtylog.cli.serial_output import SerialOutput
 from dirtylog.cli.signals import EndOnSignals
 from dirtylog.control.commands import Commands, emit_events
@@ -43,7 +43,9 @@ class Image:
 
     def _read(self, limit: int) -> bytes:
         try:
-            with self.path.open("rb") as file:
+            # Without O_NONBLOCK the open of a FIFO waits for a writer, and no signal could end that.
+            with open(os.open(self.path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+                os.set_blocking(file.fileno(), True)
                 size = os.fstat(file.fileno()).st_size
                 content = file.read(limit + 1) if size <= limit else b""  # what is no file tells no size
         except OSError as error:
@@ -76,8 +78,8 @@ class Image:
     type=click.Choice([mode.value for mode in KVMLogMode]),
     help="How KVM logs dirty pages; the last that the kernel offers unless given.",
 )
-@click.option("--load-address", type=SIZE, help="IMAGE is a flat binary to be loaded there, not a boot sector.")
-@click.option("--entry", type=SIZE, help="Where a flat binary starts; its load address unless given.")
+@click.option("--load-address", type=ADDRESS, help="IMAGE is a flat binary to be loaded there, not a boot sector.")
+@click.option("--entry", type=ADDRESS, help="Where a flat binary starts; its load address unless given.")
 @click.option(
     "--mode",
     type=click.Choice([mode.value for mode in BootMode]),
@@ -172,7 +174,9 @@ def _open_serial(stack: ExitStack, path: str | None) -> SerialOutput | None:
 
     if path is not None:
         try:
-            fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+            # With O_NONBLOCK a FIFO that nobody reads is an error; without, no signal could end the wait for a reader.
+            fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+            os.set_blocking(fd, True)
         except OSError as error:
             raise HostError(
                 f"cannot write serial output to {path}: {error.strerror}", remedy="choose a place you may write to"

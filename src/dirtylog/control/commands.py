@@ -18,9 +18,6 @@ from dirtylog.memory import AddressSpace
 from dirtylog.migration import OutgoingMigration, PassStatistics, Status
 from dirtylog.units import MIB, PAGE_SIZE
 
-MOST_PASSES: Final = 100
-"""How many passes x-passes holds: a migration that does not converge makes hundreds a second, for ever."""
-
 _MILLISECONDS: Final = 1e3
 _MICROSECONDS: Final = 1e6
 _MEGABIT: Final = 1e6
@@ -202,7 +199,7 @@ def describe(outgoing: OutgoingMigration) -> MigrationInfo:
         downtime=_ms(statistics.downtime) if completed else None,
         error_desc=str(outgoing.error) if status is Status.FAILED else None,
         ram=_ram_info(outgoing, passes),
-        x_passes=[_pass_info(one) for one in passes[-MOST_PASSES:]],
+        x_passes=[_pass_info(one) for one in passes],
         x_downtime_us=round(statistics.downtime * _MICROSECONDS) if completed else None,
         x_verify_us=round(statistics.verify_seconds * _MICROSECONDS) if statistics.digests else None,
         x_digests={name: digest.hex() for name, digest in statistics.digests.items()} or None,
@@ -221,7 +218,7 @@ def _ram_info(outgoing: OutgoingMigration, passes: Sequence[PassStatistics]) -> 
         normal_bytes=statistics.pages * PAGE_SIZE,
         dirty_pages_rate=round(statistics.dirty_rate),
         mbps=rate * 8 / _MEGABIT,
-        dirty_sync_count=len(passes),
+        dirty_sync_count=outgoing.statistics.pass_count,
         page_size=PAGE_SIZE,
         pages_per_second=round(rate / PAGE_SIZE),
     )

@@ -86,11 +86,13 @@ class Controller:
             self.outgoing.cancel()
         if self._incoming is not None:
             self._incoming.abort()
-        for thread in self._threads:
-            thread.join(_JOIN_TIMEOUT)
-            if thread.is_alive():
-                raise HostError(f"{thread.name} did not end within {_JOIN_TIMEOUT:.0f} s")
-        self.machine.close()
+        try:
+            for thread in self._threads:
+                thread.join(_JOIN_TIMEOUT)
+                if thread.is_alive():
+                    raise HostError(f"{thread.name} did not end within {_JOIN_TIMEOUT:.0f} s")
+        finally:
+            self.machine.close()
 
     def migrate(self, uri: str) -> None:
         """Begin to migrate the machine away. It has its first status when this returns.

@@ -29,25 +29,30 @@ class ProcessName:
         False if it lives, or could live out of sight. A killed process closes its sockets a moment before it counts as
         ended, so whoever asks because a connection broke should allow for some time.
         """
-        if self.boot_id != _boot_id():
-            return False
         try:
+            if self.boot_id != _boot_id():
+                return False
             fd = os.pidfd_open(self.pid)
         except ProcessLookupError:
             return True
         except OSError:  # no descriptor left, say: nothing is certain then
             return False
         try:
-            # Read while the descriptor pins the PID: it cannot be reused in between.
-            if _start_time(self.pid) != self.start_time:
+            # Asked while the descriptor pins the PID: it cannot be reused in between.
+            if self._is_another():
                 return True
             poll = select.poll()
             poll.register(fd, select.POLLIN)  # readable once the process is a zombie or gone
             return bool(poll.poll(timeout * 1000))
-        except (FileNotFoundError, ProcessLookupError):
-            return True
         finally:
             os.close(fd)
+
+    def _is_another(self) -> bool:
+        """Whether the PID belongs to another process by now. Not certain where /proc hides it, or it has just ended."""
+        try:
+            return _start_time(self.pid) != self.start_time
+        except OSError:
+            return False
 
 
 def _boot_id() -> str:

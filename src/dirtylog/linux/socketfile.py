@@ -48,7 +48,7 @@ class SocketFile:
         self.path: Final = Path(path).absolute()
         name = os.fspath(path)
         check_path(name)
-        self.socket: Final = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.socket: Final = _new_socket(name)
         try:
             self._bind(name)
             self._identity = _identity(self.path)
@@ -84,6 +84,15 @@ class SocketFile:
             raise HostError(f"cannot remove the socket {self.path}: {error.strerror}") from error
         finally:
             self.socket.close()
+
+
+def _new_socket(name: str) -> socket.socket:
+    try:
+        return socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    except OSError as error:
+        raise HostError(
+            f"cannot make the socket {name}: {error.strerror}", remedy="raise the limit shown by 'ulimit -n'"
+        ) from error
 
 
 def _identity(path: Path) -> tuple[int, int] | None:

@@ -9,7 +9,7 @@ from dirtylog.units import PAGE_SIZE, WORD_BITS
 class ClearChunks:
     """Which chunks of a block have a `log_clear` due.
 
-    A clear makes the guest fault again on the pages it protects, so it should come as late as rule 3 allows: right
+    A clear makes the guest fault again on the pages it protects, so it should come as late as D3 allows: right
     before the first page of the chunk is read. (QEMU's clear_bmap, commit 002cad6b16.)
 
     Attributes:

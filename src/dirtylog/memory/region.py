@@ -136,7 +136,7 @@ class MemoryRegion:
         block.dirty.mark(first, count, self.logging)
 
     def merge_dirty(self, words: Words, first: int, count: int) -> None:
-        """Note writes that a tracker collected: bit 0 of ``words`` is page ``first``; for all who log (rule 4)."""
+        """Note writes that a tracker collected: bit 0 of ``words`` is page ``first``; for all who log (D4)."""
         self._ram().dirty.merge(words, first, count, self.logging)
 
     def is_dirty(self, offset: int, size: int, client: Client) -> bool:

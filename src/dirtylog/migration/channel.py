@@ -40,13 +40,13 @@ class Channel:
         self._protocol = Protocol(role)
         self._aborted = False
         self.peer = "destination" if role is Role.SOURCE else "source"
-        set_buffers(sock, BUFFER_SIZE)
-        if sock.family != socket.AF_UNIX:
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            keep_alive(sock)
-        self.set_timeout(HANDSHAKE_TIMEOUT)
         try:
             with self._io():
+                set_buffers(sock, BUFFER_SIZE)
+                if sock.family != socket.AF_UNIX:
+                    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                    keep_alive(sock)
+                self.set_timeout(HANDSHAKE_TIMEOUT)
                 sock.sendall(Protocol.preamble())
         except BaseException:
             self.close()
@@ -154,7 +154,10 @@ class Channel:
         try:
             yield
         except BlockingIOError as error:
-            raise DisconnectedError(f"the {self.peer} has not moved a byte for a while and counts as gone") from error
+            raise DisconnectedError(
+                f"the {self.peer} has not moved a byte for a while and counts as gone",
+                remedy=f"see whether the {self.peer}, or the network in between, is overloaded",
+            ) from error
         except OSError as error:
             raise self._ended(error) from error
 
@@ -162,7 +165,10 @@ class Channel:
         if self._aborted:
             return CancelledError("the migration was cancelled")
         detail = f": {error.strerror}" if error is not None and error.strerror else ""
-        return DisconnectedError(f"the connection to the {self.peer} ended before the migration did{detail}")
+        return DisconnectedError(
+            f"the connection to the {self.peer} ended before the migration did{detail}",
+            remedy=f"see why the {self.peer} ended, then migrate again",
+        )
 
 
 def _advance(buffers: list[memoryview], done: int) -> None:

@@ -104,7 +104,7 @@ class IncomingMigration:
         with self._lock:
             self._channel = None
         # The source has let go for good: if it is gone by now, the guest runs here all the same.
-        with contextlib.suppress(DisconnectedError):
+        with contextlib.suppress(CancelledError, DisconnectedError):
             channel.send(Taken())
         self._machine.release(RunState.RUNNING if message.running else RunState.PAUSED)
 

@@ -58,7 +58,7 @@ class Hello(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Welcome(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Destination: it fits. ``process`` names the destination's process, see `linux.process.ProcessName`."""
+    """Destination: it fits. This is the name of its process, see `linux.process.ProcessName`."""
 
     TYPE: ClassVar[int] = 2
     boot_id: ShortText

@@ -59,6 +59,7 @@ class OutgoingMigration:
         self._lock = threading.Lock()
         self._cancelled = threading.Event()
         self._let_go = False
+        self._came_back = False
         self._verify = False
         self._channel: Channel | None = None
         self._began = time.monotonic()
@@ -100,24 +101,36 @@ class OutgoingMigration:
         try:
             self._enter(Status.SETUP)
             with self._connected() as channel:
-                self._migrate(channel)
-        except Exception as error:
+                try:
+                    self._migrate(channel)
+                finally:
+                    self._disown_channel()
+        except BaseException as error:
             failure = self._failed(error)
-            if failure is error:
+            if failure is error or not isinstance(error, Exception):
                 raise
             raise failure from error
         self._end(Status.COMPLETED)
 
-    def _failed(self, error: Exception) -> DirtylogError:
-        """Note that it ended before its time; the error to raise."""
-        if self._cancelled.is_set():
-            self.error = CancelledError("the migration was cancelled")
+    def _failed(self, error: BaseException) -> DirtylogError:
+        """Note that it ended before its time; the error that tells why."""
+        cancelled = self._cancelled.is_set()
+        if cancelled:
+            failure: DirtylogError = CancelledError("the migration was cancelled")
         elif isinstance(error, DirtylogError):
-            self.error = error
+            failure = error
+        elif isinstance(error, Exception):
+            failure = DirtylogError(f"a defect in dirtylog ended the migration: {error!r}")
         else:
-            self.error = DirtylogError(f"a defect in dirtylog ended the migration: {error!r}")
-        self._end(Status.CANCELLED if self._cancelled.is_set() else Status.FAILED)
-        return self.error
+            failure = DirtylogError(f"the thread of the migration was interrupted by {type(error).__name__}")
+        self.error = failure
+        self._end(Status.CANCELLED if cancelled else Status.FAILED)
+        return failure
+
+    def _disown_channel(self) -> None:
+        """Before it is closed: from then on its descriptor's number may be another's."""
+        with self._lock:
+            self._channel = None
 
     def _connected(self) -> Channel:
         channel = connect(self._address)
@@ -165,7 +178,10 @@ class OutgoingMigration:
                 return
 
     def _switch_over(self, channel: Channel, precopy: Precopy, destination: ProcessName) -> None:
-        """Stop the guest, send the rest, hand over. Any failure before the guest is gone brings it back."""
+        """Stop the guest, send the rest, hand over.
+
+        Whatever goes wrong before the guest is let go brings it back; after that only proof that it is nowhere else.
+        """
         stopped = time.monotonic()
         before = self._machine.hold(RunState.FINISH_MIGRATE)
         try:
@@ -174,11 +190,9 @@ class OutgoingMigration:
             precopy.send_pass(paced=False)
             self._send_state(channel, running=before is RunState.RUNNING)
             self._hand_over(channel, destination)
-        except InDoubtError:
-            self._machine.release(RunState.POSTMIGRATE)
-            raise
         except BaseException:
-            self._machine.release(before)
+            gone = self._let_go and not self._came_back
+            self._machine.release(RunState.POSTMIGRATE if gone else before)
             raise
         self.statistics.downtime = time.monotonic() - stopped - self.statistics.verify_seconds
         self._machine.release(RunState.POSTMIGRATE)
@@ -208,12 +222,19 @@ class OutgoingMigration:
             if self._cancelled.is_set():
                 raise CancelledError("the migration was cancelled")
             self._let_go = True
-        # If this fails nothing of the message has left: the destination was not told, and the guest is still ours.
-        channel.send(Handover())
+        try:
+            channel.send(Handover())
+        except DisconnectedError:
+            self._came_back = True  # nothing of the message has left: the destination was not told
+            raise
         try:
             channel.expect(Taken)
+        except RefusedError:
+            self._came_back = True
+            raise
         except (DisconnectedError, ProtocolError) as error:
             if destination.is_gone(_GONE_TIMEOUT):
+                self._came_back = True
                 raise
             raise InDoubtError(
                 "the connection ended after the guest was handed over, before the destination confirmed that it runs",
@@ -228,7 +249,6 @@ class OutgoingMigration:
     def _end(self, status: Status) -> None:
         self.statistics.total_seconds = time.monotonic() - self._began
         with self._lock:
-            self._channel = None
             self._set_status(status)
 
     def _set_status(self, status: Status) -> None:

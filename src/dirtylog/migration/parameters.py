@@ -14,7 +14,8 @@ class Parameters:
     """Immutable; a running migration is given a new one.
 
     Attributes:
-        downtime_limit: how long the guest may stand still at the switchover, in seconds.
+        downtime_limit: how long the guest may stand still at the switchover, in seconds. About 11 ms of it are set
+            aside for what is not memory: with less, the guest is stopped only once nothing is dirty.
         max_bandwidth: bytes a second while the guest runs; 0 for no limit. At the switchover there is none.
         clear_chunk: bytes whose log is cleared at once, right before the first of its pages is read; rounded up to
             whole 64-page words.

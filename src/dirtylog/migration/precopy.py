@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable
 from typing import Final
 
-from dirtylog.errors import ProtocolError
+from dirtylog.errors import ProtocolError, UsageError
 from dirtylog.linux.process import thread_starved_ns
 from dirtylog.memory import Memory, TrackingReason
 from dirtylog.migration.channel import Channel
@@ -48,18 +48,27 @@ class Precopy:
         self._parameters = parameters
         self._pacer = Pacer(cancelled)
         self._bandwidth = 0.0
+        self._logging = False
         chunk = parameters().clear_chunk
         regions = [(region, region.block) for region in memory.ram_regions if region.block is not None]
         self._blocks = [DirtyRAM(index, region, block, chunk) for index, (region, block) in enumerate(regions)]
 
     def start(self) -> None:
-        """Log writes from here on; every page is to be sent."""
+        """Log writes from here on; every page is to be sent.
+
+        Raises:
+            UsageError: the memory is logged for a migration already, whose pages this one would take.
+        """
+        if TrackingReason.MIGRATION in self._memory.tracking:
+            raise UsageError("the memory is logged for another migration", remedy="wait for its end, or cancel it")
         self._memory.start_logging(TrackingReason.MIGRATION)
+        self._logging = True
         self.sync()
 
     def stop(self) -> None:
         """Log no more; idempotent."""
-        if TrackingReason.MIGRATION in self._memory.tracking:
+        if self._logging:
+            self._logging = False
             self._memory.stop_logging(TrackingReason.MIGRATION)
 
     def sync(self, *, last_stage: bool = False) -> int:
@@ -72,8 +81,7 @@ class Precopy:
 
     def send_pass(self, *, paced: bool) -> None:
         """Send everything that is dirty, and wait until the destination has it."""
-        current = PassStatistics(len(self._statistics.passes) + 1)
-        self._statistics.passes.append(current)
+        current = self._statistics.begin_pass()
         began, starved = time.monotonic(), thread_starved_ns()
         limit = 0
         for block in self._blocks:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Final
 
 
 class Status(Enum):
@@ -17,6 +18,7 @@ class Status(Enum):
     CANCELLED = "cancelled"
 
 
+MOST_PASSES: Final = 100
 ENDED = frozenset({Status.COMPLETED, Status.FAILED, Status.CANCELLED})
 
 
@@ -54,10 +56,11 @@ class Statistics:
     Attributes:
         total_bytes: RAM of the machine.
         remaining_pages: to be sent in the current pass.
-        passes: finished ones and the current one.
+        passes: the last `MOST_PASSES`, with the current one.
+        forgotten: sums of the passes before.
         dirty_rate: pages a second, newly dirtied during the last pass.
         setup_seconds: until the destination agreed.
-        total_seconds: from start to end, or to now.
+        total_seconds: from start to end; 0 until then.
         downtime: the guest stood still for this long at the switchover; 0 if it never did. Without `verify_seconds`.
         verify_seconds: computing digests took both sides this long in sequence.
         digests: block name → digest, equal on both sides; empty unless asked for.
@@ -66,6 +69,7 @@ class Statistics:
     total_bytes: int = 0
     remaining_pages: int = 0
     passes: list[PassStatistics] = field(default_factory=list)
+    forgotten: PassStatistics = field(default_factory=lambda: PassStatistics(0))
     dirty_rate: float = 0.0
     setup_seconds: float = 0.0
     total_seconds: float = 0.0
@@ -73,17 +77,33 @@ class Statistics:
     verify_seconds: float = 0.0
     digests: dict[str, bytes] = field(default_factory=dict)
 
+    def begin_pass(self) -> PassStatistics:
+        """A new pass, the last one from now on. A migration that does not converge has many: old ones are summed up."""
+        current = PassStatistics(self.pass_count + 1)
+        if len(self.passes) >= MOST_PASSES:
+            oldest = self.passes.pop(0)
+            self.forgotten.pages += oldest.pages
+            self.forgotten.zero_pages += oldest.zero_pages
+            self.forgotten.bytes += oldest.bytes
+        self.passes.append(current)
+        return current
+
+    @property
+    def pass_count(self) -> int:
+        """How many passes were begun."""
+        return self.passes[-1].number if self.passes else 0
+
     @property
     def pages(self) -> int:
         """Pages sent with contents."""
-        return sum(one.pages for one in self.passes)
+        return self.forgotten.pages + sum(one.pages for one in self.passes)
 
     @property
     def zero_pages(self) -> int:
         """Pages sent without."""
-        return sum(one.zero_pages for one in self.passes)
+        return self.forgotten.zero_pages + sum(one.zero_pages for one in self.passes)
 
     @property
     def bytes(self) -> int:
         """Bytes sent."""
-        return sum(one.bytes for one in self.passes)
+        return self.forgotten.bytes + sum(one.bytes for one in self.passes)

@@ -101,7 +101,7 @@ class TrackerListener(MemoryListener):
                 added.arm()
 
     def region_del(self, section: MemoryRegionSection) -> None:
-        """Collect for the last time (rule 6), then detach."""
+        """Collect for the last time (D6), then detach."""
         with self._lock:
             gone = self._ranges.pop(section.offset_within_address_space, None)
             if gone is None:
