@@ -75,7 +75,7 @@ _CASES: dict[str, tuple[str, Callable[[Place, ExitStack], None], int, str, str]]
     ),
     "memory of no pages": ("run {dirtier.img} --memory 0", _nothing, 2, "memory of 0 bytes", "a multiple of 4K"),
     "memory of half a page": ("run {dirtier.img} --memory 6K", _nothing, 2, "memory of 6144 bytes", "a multiple of 4K"),
-    "memory that no host has": ("run {dirtier.img} --memory 1E", _nothing, 3, "cannot map 1024.0 PiB", "ask for less"),
+    "memory that no host has": ("run {dirtier.img} --memory 1E", _nothing, 3, "cannot map 1.0 EiB", "ask for less"),
     "memory past all numbers": ("run {dirtier.img} --memory 99999E", _nothing, 3, "cannot map", "ask for less"),
     "QMP path in use": ("run {dirtier.img} --qmp {busy}", _listening("busy"), 2, "already in use", "another path"),
     "QMP path that is a file": ("run {dirtier.img} --qmp {f}", _file("f", b"x"), 2, "is not a socket", "another path"),
