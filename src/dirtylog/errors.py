@@ -4,7 +4,8 @@
 
     DirtylogError
     ├── UsageError           the caller asked for something that cannot be
-    │   └── ClosedError      the object was closed before
+    │   ├── ClosedError      the object was closed before
+    │   └── AccessError      nothing answers there, or what is there refuses
     ├── HostError            the host lacks something; the remedy says how to get it
     ├── KernelError          the kernel refused a system call
     ├── GuestError           the guest did something that no machine can go on from
@@ -40,6 +41,20 @@ class UsageError(DirtylogError):
 
 class ClosedError(UsageError):
     """The object was used after it was closed."""
+
+
+class AccessError(UsageError):
+    """An access to an address where nothing answers, or that is refused.
+
+    Attributes:
+        address: where, in the address space or region that the message names.
+        size: bytes.
+    """
+
+    def __init__(self, cause: str, address: int, size: int) -> None:
+        self.address = address
+        self.size = size
+        super().__init__(f"{cause}: {size} bytes at {address:#x}")
 
 
 class HostError(DirtylogError):

@@ -68,6 +68,10 @@ def test_image_that_cannot_be_booted_is_refused(image: bytes, ram_size: int, mes
         (b"x", 0, MIB, BootMode.REAL, "the entry 0x100000 cannot be reached in real mode"),
         (b"x", 0, -1, BootMode.REAL, "cannot be reached in real mode"),
         (b"x", 0, 4 * GIB, BootMode.PROTECTED, "the entry 0x100000000 cannot be reached in protected mode"),
+        (b"x", 0, 4 * GIB, BootMode.LONG, "the entry 0x100000000 cannot be reached in long mode"),
+        (b"x", 0x1000, None, BootMode.LONG, "lies where long mode's page tables go, 0x1000 to 0x7000"),
+        (b"x", 0x6FFF, None, BootMode.LONG, "lies where long mode's page tables go"),
+        (bytes(0x1001), 0, None, BootMode.LONG, "lies where long mode's page tables go"),
     ],
 )
 def test_flat_image_that_cannot_be_started_is_refused(
@@ -75,6 +79,11 @@ def test_flat_image_that_cannot_be_started_is_refused(
 ) -> None:
     with unplugged(MIB) as machine, pytest.raises(UsageError, match=message):
         boot_flat(machine, image, address, entry=entry, mode=mode)
+
+
+def test_memory_too_small_for_page_tables_is_refused() -> None:
+    with unplugged(6 * PAGE_SIZE) as machine, pytest.raises(UsageError, match="long mode needs memory up to 0x7000"):
+        boot_flat(machine, b"x", 0, mode=BootMode.LONG)
 
 
 def test_image_too_large_comes_with_a_remedy() -> None:
@@ -120,12 +129,47 @@ def test_protected_mode_entry_has_flat_segments(machine: KVMMachine) -> None:
     assert {shape(segment) for segment in segments} == {(0, 0xFFFFFFFF, 1, 1, 1, 1)}
 
 
+@pytest.mark.parametrize("address", [0xFFF, 0x7000, 0x10_0000])
+def test_long_mode_entry_has_a_64_bit_code_segment_and_paging(machine: KVMMachine, address: int) -> None:
+    boot_flat(machine, b"x", address, mode=BootMode.LONG)
+
+    regs, sregs = machine.boot_cpu.get_regs(), machine.boot_cpu.get_sregs()
+    assert (regs.rip, regs.rsp, regs.rflags) == (address, 0x7C00, 2)
+    assert (sregs.cs.l, sregs.cs.db, sregs.cs.base) == (1, 0, 0)
+    assert (sregs.cr0 & 0x8000_0001, sregs.cr4 & 0x20, sregs.efer & 0x500) == (0x8000_0001, 0x20, 0x500)
+    assert sregs.cr3 == 0x1000
+
+
+def translate(machine: KVMMachine, address: int) -> int | None:
+    """What the page tables make of an address, by 2 MiB pages."""
+    table = int(machine.boot_cpu.get_sregs().cr3)
+    for shift in (39, 30, 21):
+        index = address >> shift & 0x1FF
+        entry = int.from_bytes(machine.system.read(table + 8 * index, 8), "little")
+        if not entry & 1:
+            return None
+        assert entry & 2, "read-only"
+        assert bool(entry & 0x80) is (shift == 21)
+        table = entry & ~0xFFF
+    return table + address % (2 * MIB)
+
+
+def test_long_mode_maps_the_first_4_gib_to_themselves(machine: KVMMachine) -> None:
+    boot_flat(machine, b"x", 0, mode=BootMode.LONG)
+    inside = [0, 1, 2 * MIB - 1, 2 * MIB, GIB - 1, GIB, 2 * GIB + 0x12345, 3 * GIB, 0xD000_0000, 4 * GIB - 1]
+    assert [translate(machine, address) for address in inside] == inside
+    assert [translate(machine, address) for address in (4 * GIB, 512 * GIB, 1 << 47)] == [None] * 3
+
+
 @pytest.mark.parametrize(
     ("mode", "address", "code"),
     [
         (BootMode.REAL, 0x600, "baf803 b021 ee f4"),  # mov $0x3f8, %dx; mov $'!', %al; out %al, %dx; hlt
         (BootMode.REAL, 0x20000, "baf803 b021 ee f4"),
         (BootMode.PROTECTED, 0x100000, "baf8030000 b021 ee f4"),
+        # movabs $0x2100000000, %rax; shr $32, %rax; mov $0x3f8, %edx; out %al, %dx; hlt
+        (BootMode.LONG, 0x7000, "48b80000000021000000 48c1e820 baf8030000 ee f4"),
+        (BootMode.LONG, 0x100000, "48b80000000021000000 48c1e820 baf8030000 ee f4"),
     ],
 )
 def test_flat_image_runs(kvm: KVM, mode: BootMode, address: int, code: str) -> None:

@@ -4,7 +4,7 @@ import pytest
 
 from dirtylog.errors import GuestError, UsageError
 from dirtylog.machine import Machine, MachineState, RunState
-from dirtylog.memory import Memory
+from dirtylog.memory import Memory, TrackingReason
 
 
 class Toy(Machine):
@@ -71,7 +71,7 @@ def test_machine_that_ended_does_not_run_again(toy: Toy, end: RunState) -> None:
     toy.pause()
     with pytest.raises(UsageError, match=f"has ended \\({end.value}\\) and cannot run"):
         toy.resume()
-    assert toy.calls == ["run"]
+    assert toy.calls == ["run", "stop"]  # other writers than the one that ended it may have run on
     assert toy.changes[-1] == (RunState.RUNNING, end)
 
 
@@ -113,6 +113,20 @@ def test_guest_that_ends_while_it_is_stopped_is_not_called_paused(toy: Toy) -> N
     with pytest.raises(GuestError, match="gave up"):
         toy.pause()
     assert toy.state is RunState.SHUTDOWN
+
+
+def test_logging_that_ends_while_the_machine_stands_still_ends_when_it_runs(toy: Toy) -> None:  # T12
+    memory = toy.memory
+    for _ in range(2):
+        memory.start_logging(TrackingReason.MIGRATION)
+        memory.stop_logging(TrackingReason.MIGRATION)
+        assert memory.tracking == TrackingReason.MIGRATION
+        toy.resume()
+        assert not memory.tracking
+        memory.start_logging(TrackingReason.MIGRATION)
+        memory.stop_logging(TrackingReason.MIGRATION)
+        assert not memory.tracking
+        toy.pause()
 
 
 def test_observer_may_remove_itself(toy: Toy) -> None:

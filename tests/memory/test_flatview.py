@@ -1,17 +1,19 @@
+import itertools
 from collections.abc import Iterator
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.oracles import Node
+from support.listeners import NONE
+from support.oracles import Answer, Node, as_asked, ask_everywhere
+from support.trees import UNIT, make, narrow_places, places, priorities
 
 from dirtylog.errors import UsageError
-from dirtylog.memory import Client, FlatRange, FlatView, Memory, MemoryRegion
+from dirtylog.memory import Client, FlatRange, FlatView, Memory, MemoryRegion, MemoryRegionOps
 from dirtylog.memory.flatview import diff, render
 from dirtylog.units import PAGE_SIZE
 
 PIECES = list[tuple[int, int, str, int]]
-UNIT = PAGE_SIZE // 4
 ROOT_UNITS = 32
 
 
@@ -36,6 +38,13 @@ def ram(memory: Memory, name: str, pages: int) -> MemoryRegion:
 
 def add(parent: MemoryRegion, child: MemoryRegion, page: int, priority: int = 0) -> None:
     parent.add(child, page * PAGE_SIZE, priority=priority)
+
+
+def flat(
+    region: MemoryRegion, offset: int, start: int, size: int, *,
+    readonly: bool = False, direct: bool = True, logging: Client = NONE,
+) -> FlatRange:  # fmt: skip
+    return FlatRange(region, offset, start, size, readonly, direct, logging)
 
 
 def test_root_that_is_ram_shows_itself(memory: Memory) -> None:
@@ -159,18 +168,20 @@ def test_adjacent_windows_on_consecutive_bytes_are_one_range(memory: Memory) -> 
     assert pieces(root) == [(0, 8, "ram", 0), (8, 1, "ram", 0)]
 
 
-def test_neighbours_that_differ_stay_apart(memory: Memory) -> None:
+def test_neighbours_that_differ_stay_apart(memory: Memory) -> None:  # V5
     one, two = ram(memory, "one", 4), ram(memory, "two", 4)
-    none, page = Client(0), PAGE_SIZE
+    page = PAGE_SIZE
 
     def joined(second: FlatRange) -> bool:
-        return len(FlatView([FlatRange(one, 0, 0, page, none), second]).ranges) == 1
+        return len(FlatView([flat(one, 0, 0, page), second]).ranges) == 1
 
-    assert joined(FlatRange(one, page, page, page, none))
-    assert not joined(FlatRange(two, page, page, page, none))
-    assert not joined(FlatRange(one, 2 * page, page, page, none))
-    assert not joined(FlatRange(one, page, 2 * page, page, none))
-    assert not joined(FlatRange(one, page, page, page, Client.DISPLAY))
+    assert joined(flat(one, page, page, page))
+    assert not joined(flat(two, page, page, page))
+    assert not joined(flat(one, 2 * page, page, page))
+    assert not joined(flat(one, page, 2 * page, page))
+    assert not joined(flat(one, page, page, page, logging=Client.DISPLAY))
+    assert not joined(flat(one, page, page, page, readonly=True))
+    assert not joined(flat(one, page, page, page, direct=False))
 
 
 def test_lookup_finds_the_range_of_an_address_and_nothing_in_gaps(memory: Memory) -> None:
@@ -188,47 +199,108 @@ def test_lookup_finds_the_range_of_an_address_and_nothing_in_gaps(memory: Memory
 
 def test_diff_sorts_ranges_into_removed_added_and_kept(memory: Memory) -> None:  # T3
     one, two = ram(memory, "one", 8), ram(memory, "two", 8)
-    none, page = Client(0), PAGE_SIZE
-    stays = FlatRange(one, 0, 0, page, none)
-    grows, grown = FlatRange(one, 2 * page, 2 * page, page, none), FlatRange(one, 2 * page, 2 * page, 2 * page, none)
-    moves, moved = FlatRange(two, 0, 8 * page, page, none), FlatRange(two, 0, 9 * page, page, none)
-    swapped, other = FlatRange(two, 0, 5 * page, page, none), FlatRange(two, page, 5 * page, page, none)
+    page = PAGE_SIZE
+    stays = flat(one, 0, 0, page)
+    grows, grown = flat(one, 2 * page, 2 * page, page), flat(one, 2 * page, 2 * page, 2 * page)
+    moves, moved = flat(two, 0, 8 * page, page), flat(two, 0, 9 * page, page)
+    swapped, other = flat(two, 0, 5 * page, page), flat(two, page, 5 * page, page)
 
     changes = diff(FlatView([stays, grows, swapped, moves]), FlatView([stays, grown, other, moved]))
 
-    assert changes.kept == ((stays, stays),)
     assert changes.removed == (grows, swapped, moves)
-    assert changes.added == (grown, other, moved)
+    assert changes.shown == ((stays, stays), (None, grown), (None, other), (None, moved))
+
+
+@pytest.mark.parametrize(("readonly", "direct"), [(True, True), (False, False)])
+def test_range_that_changes_how_it_is_accessed_is_removed_and_added(
+    memory: Memory, readonly: bool, direct: bool
+) -> None:
+    # T3 V5
+    region = ram(memory, "ram", 1)
+    before, after = flat(region, 0, 0, PAGE_SIZE), flat(region, 0, 0, PAGE_SIZE, readonly=readonly, direct=direct)
+
+    changes = diff(FlatView([before]), FlatView([after]))
+
+    assert (changes.removed, changes.shown) == ((before,), ((None, after),))
 
 
 def test_change_of_logging_alone_keeps_a_range(memory: Memory) -> None:  # T3
     region = ram(memory, "ram", 1)
-    quiet, logged = (FlatRange(region, 0, 0, PAGE_SIZE, clients) for clients in (Client(0), Client.MIGRATION))
+    quiet, logged = (flat(region, 0, 0, PAGE_SIZE, logging=clients) for clients in (NONE, Client.MIGRATION))
 
     changes = diff(FlatView([quiet]), FlatView([logged]))
 
-    assert (changes.removed, changes.added) == ((), ())
-    ((old, new),) = changes.kept
-    assert (old.logging, new.logging) == (Client(0), Client.MIGRATION)
+    assert changes.removed == ()
+    ((old, new),) = changes.shown
+    assert old is not None
+    assert (old.logging, new.logging) == (NONE, Client.MIGRATION)
 
 
-units = st.integers(0, 10).map(lambda count: count * UNIT)
-positive_units = st.integers(1, 24).map(lambda count: count * UNIT)
+@pytest.mark.parametrize("through", ["itself", "container", "alias", "alias of alias"])
+def test_what_is_shown_through_something_readonly_is_readonly(memory: Memory, through: str) -> None:  # V3
+    root, box, target = memory.container("root"), memory.container("box"), ram(memory, "ram", 2)
+    alias = memory.alias("alias", target, 0, PAGE_SIZE)
+    outer = memory.alias("outer", alias, 0, PAGE_SIZE)
+    add(root, box, 0)
+    add(box, outer, 0)
+    {"itself": target, "container": box, "alias": alias, "alias of alias": outer}[through].set_readonly(True)
+    add(root, memory.alias("elsewhere", target, PAGE_SIZE, PAGE_SIZE), 8)
+
+    seen = {flat.start // PAGE_SIZE: flat.readonly for flat in render(root).ranges}
+
+    assert seen == {0: True, 8: through == "itself"}
 
 
-def grow(memory: Memory, nodes: list[Node], data: st.DataObject) -> None:
+def test_disabled_region_shows_what_is_below_it(memory: Memory) -> None:  # V4
+    root, box = memory.container("root"), memory.container("box", 4 * PAGE_SIZE)
+    add(root, ram(memory, "low", 4), 0)
+    add(root, box, 0, priority=1)
+    add(box, ram(memory, "high", 2), 1)
+    assert pieces(root) == [(0, 1, "low", 0), (1, 2, "high", 0), (3, 1, "low", 3)]
+
+    box.set_enabled(False)
+
+    assert pieces(root) == [(0, 4, "low", 0)]
+
+
+def test_disabled_root_and_disabled_target_show_nothing(memory: Memory) -> None:  # V4
+    root, target = memory.container("root"), ram(memory, "ram", 4)
+    add(root, memory.alias("window", target, 0, PAGE_SIZE), 0)
+    target.set_enabled(False)
+    assert pieces(root) == []
+    target.set_enabled(True)
+    root.set_enabled(False)
+    assert pieces(root) == []
+
+
+def test_reservation_and_device_hide_what_is_below_them(memory: Memory) -> None:  # A7 T9
+    root = memory.container("root")
+    add(root, ram(memory, "low", 4), 0)
+    add(root, memory.reservation("kept", PAGE_SIZE), 1, priority=1)
+    add(root, memory.mmio("device", PAGE_SIZE, MemoryRegionOps()), 2, priority=1)
+
+    assert pieces(root) == [(0, 1, "low", 0), (1, 1, "kept", 0), (2, 1, "device", 0), (3, 1, "low", 3)]
+
+
+def test_regions_of_all_addresses_show_all_addresses(memory: Memory) -> None:  # V4
+    root, everything = memory.container("root"), memory.reservation("everything", 1 << 64)
+    root.add(everything, 0)
+    root.add(memory.alias("again", everything, PAGE_SIZE, 1 << 64), (1 << 64) - PAGE_SIZE, priority=1)
+
+    last = (1 << 64) - PAGE_SIZE
+    assert [(it.start, it.size, it.offset) for it in render(root).ranges] == [
+        (0, last, 0),
+        (last, PAGE_SIZE, PAGE_SIZE),
+    ]
+    assert render(root).lookup((1 << 64) - 1) is not None
+    assert render(root).lookup(1 << 64) is None
+
+
+def grow(memory: Memory, nodes: list[Node], data: st.DataObject, *, wide: bool) -> None:
     """Make one more region, and map it or refuse to, as the oracle foresees."""
-    name = f"r{len(nodes)}"
-    kind = data.draw(st.sampled_from(["ram", "container", "alias"]))
-    if kind == "ram":
-        node = Node(memory.ram(name, data.draw(st.integers(1, 4)) * PAGE_SIZE))
-    elif kind == "container":
-        node = Node(memory.container(name, data.draw(positive_units)))
-    else:
-        target, offset = data.draw(st.sampled_from(nodes)), data.draw(units)
-        node = Node(memory.alias(name, target.region, offset, data.draw(positive_units)), target, offset)
+    node = make(memory, nodes, data, wide=wide)
     parent = data.draw(st.sampled_from([known for known in nodes if known.target is None]))
-    address, priority = data.draw(units), data.draw(st.integers(-1, 1))
+    address, priority = data.draw(places if wide else narrow_places), data.draw(priorities)
     if node.shows(parent):
         with pytest.raises(UsageError, match="would contain itself"):
             parent.region.add(node.region, address, priority=priority)
@@ -236,22 +308,60 @@ def grow(memory: Memory, nodes: list[Node], data: st.DataObject) -> None:
     parent.region.add(node.region, address, priority=priority)
     parent.children.append((node, address, priority))
     nodes.append(node)
+    if data.draw(st.integers(0, 4)) == 0:
+        node.enabled = False
+        node.region.set_enabled(False)
+    if data.draw(st.integers(0, 3)) == 0:
+        node.readonly = not node.readonly
+        node.region.set_readonly(node.readonly)
+    if node.region.kind == "rom-device" and data.draw(st.booleans()):
+        node.trapped = True
+        node.region.set_trapped(True)
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(data=st.data())
-def test_random_trees_show_what_asking_at_each_address_shows(data: st.DataObject) -> None:  # T9
+def test_random_trees_show_what_asking_at_each_address_shows(data: st.DataObject) -> None:  # T9 V1 V2 V3 V4
     memory = Memory()
-    root = Node(memory.container("root", ROOT_UNITS * UNIT))
+    root = Node(memory.container("root", ROOT_UNITS * UNIT), ROOT_UNITS * UNIT)
     nodes = [root]
-    for _ in range(data.draw(st.integers(1, 7))):
-        grow(memory, nodes, data)
+    for _ in range(data.draw(st.integers(1, 9))):
+        grow(memory, nodes, data, wide=False)
 
     view = render(root.region)
 
     for address in range(0, ROOT_UNITS * UNIT, UNIT):
-        flat = view.lookup(address)
-        shown = None if flat is None else (flat.region, flat.offset + address - flat.start)
+        found = view.lookup(address)
+        shown = None if found is None else Answer(
+            found.region, found.offset + address - found.start, found.readonly, found.direct
+        )  # fmt: skip
         assert shown == root.answer(address)
-    assert all(left.end <= right.start for left, right in zip(view.ranges, view.ranges[1:], strict=False))
+    assert all(left.end <= right.start for left, right in itertools.pairwise(view.ranges))
     memory.close()
+
+
+@settings(max_examples=200)
+@given(data=st.data())
+def test_random_trees_of_any_size_show_what_asking_at_every_edge_shows(data: st.DataObject) -> None:
+    # V1 V2 V3 V4 V5
+    memory = Memory()
+    root = Node(memory.container("root"), 1 << 64)
+    nodes = [root]
+    for _ in range(data.draw(st.integers(1, 9))):
+        grow(memory, nodes, data, wide=True)
+
+    assert as_asked(render(root.region)) == ask_everywhere(root)
+    memory.close()
+
+
+def test_oracle_knows_what_a_range_below_another_shows(memory: Memory) -> None:
+    low, high = ram(memory, "low", 4), memory.reservation("high", PAGE_SIZE)
+    root = Node(memory.container("root"), 1 << 64)
+    below = Node(low, low.size, answers=True, has_memory=True)
+    root.children = [(below, 0, 0), (Node(high, high.size, answers=True), PAGE_SIZE, 0)]
+
+    assert ask_everywhere(root) == [
+        (0, PAGE_SIZE, Answer(low, 0, False, True)),
+        (PAGE_SIZE, PAGE_SIZE, Answer(high, 0, False, False)),
+        (2 * PAGE_SIZE, 2 * PAGE_SIZE, Answer(low, 2 * PAGE_SIZE, False, True)),
+    ]

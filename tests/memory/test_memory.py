@@ -1,56 +1,13 @@
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from support.boards import Board, at
 from support.listeners import Recorder, Seen, Told
 
 from dirtylog.errors import HostError, UsageError
-from dirtylog.memory import (
-    AddressSpace,
-    Client,
-    Memory,
-    MemoryListener,
-    MemoryRegion,
-    MemoryRegionSection,
-    TrackingReason,
-)
+from dirtylog.memory import Client, Memory, MemoryRegion, MemoryRegionOps, TrackingReason
 from dirtylog.units import PAGE_SIZE
-
-
-class Board:
-    """Four RAM regions of one page, of which ``a`` and ``b`` are mapped; and a log that listeners share."""
-
-    def __init__(self) -> None:
-        self.memory = Memory()
-        self.root = self.memory.container("root")
-        self.a, self.b, self.c, self.d = (self.memory.ram(name, PAGE_SIZE) for name in "abcd")
-        self.space = self.memory.address_space("space", self.root)
-        self.told: list[Told] = []
-        with self.memory.transaction():
-            self.map(self.a, 0)
-            self.map(self.b, 4)
-
-    def map(self, region: MemoryRegion, page: int, priority: int = 0) -> None:
-        self.root.add(region, page * PAGE_SIZE, priority=priority)
-
-    def listen(self, name: str = "x", priority: int = 0, space: AddressSpace | None = None) -> Recorder:
-        recorder = Recorder(self.told, name, priority)
-        self.memory.register(recorder, space or self.space)
-        self.told.clear()
-        return recorder
-
-    def heard(self) -> list[str]:
-        """Callbacks as ``listener:callback:region``, and forgets them."""
-        heard = [
-            ":".join(
-                [told.listener, told.callback.removeprefix("region_")] + ([told.section.region] if told.section else [])
-            )
-            for told in self.told
-        ]
-        self.told.clear()
-        return heard
 
 
 @pytest.fixture
@@ -58,10 +15,6 @@ def board() -> Iterator[Board]:
     board = Board()
     yield board
     board.memory.close()
-
-
-def at(region: str, page: int) -> Seen:
-    return Seen(region, 0, page * PAGE_SIZE, PAGE_SIZE)
 
 
 def test_outermost_transaction_tells_once_removals_first_then_the_rest_ascending(board: Board) -> None:  # T1
@@ -85,7 +38,7 @@ def test_transaction_without_a_change_tells_nothing(board: Board) -> None:  # T1
     assert board.told == []
 
 
-def test_transaction_that_ends_with_an_error_tells_what_was_changed(board: Board) -> None:
+def test_transaction_that_ends_with_an_error_tells_what_was_changed(board: Board) -> None:  # T1
     board.listen()
 
     def fail_half_way() -> None:
@@ -96,34 +49,6 @@ def test_transaction_that_ends_with_an_error_tells_what_was_changed(board: Board
     with pytest.raises(HostError, match="out of something"):
         fail_half_way()
     assert board.heard() == ["x:begin", "x:del:a", "x:nop:b", "x:commit"]
-
-
-def test_commit_callback_may_change_the_topology_again(board: Board) -> None:
-    class Meddler(MemoryListener):
-        def commit(self) -> None:
-            if board.c.container is None:
-                board.map(board.c, 9)
-
-    board.listen()
-    board.memory.register(Meddler(), board.space)
-    assert board.heard() == ["x:begin", "x:nop:a", "x:nop:b", "x:add:c", "x:commit"]
-
-
-def test_commit_callback_that_changes_nothing_is_not_told_again(board: Board) -> None:
-    class Visitor(MemoryListener):
-        def commit(self) -> None:
-            with board.memory.transaction():
-                pass
-
-    board.listen()
-    board.memory.register(Visitor(), board.space)
-    board.map(board.c, 8)
-    assert board.heard() == ["x:begin", "x:nop:a", "x:nop:b", "x:add:c", "x:commit"]
-
-
-def test_topology_cannot_change_outside_a_transaction(board: Board) -> None:
-    with pytest.raises(UsageError, match="outside a transaction"):
-        board.memory.topology_changed()
 
 
 def test_sections_say_what_is_seen_where(board: Board) -> None:
@@ -205,13 +130,13 @@ def test_one_client_may_take_over_from_another_in_one_transaction(board: Board) 
     board.listen()
     with board.memory.transaction():
         board.a.stop_logging_display()
-        board.memory.start_logging(TrackingReason.MIGRATION)
+        board.memory.set_code_client(True)
 
     changes = [(told.callback, told.old, told.new) for told in board.told if told.section == at("a", 0)]
     assert changes == [
         ("region_nop", Client(0), Client(0)),
-        ("log_start", Client.DISPLAY, Client.MIGRATION),
-        ("log_stop", Client.DISPLAY, Client.MIGRATION),
+        ("log_start", Client.DISPLAY, Client.CODE),
+        ("log_stop", Client.DISPLAY, Client.CODE),
     ]
 
 
@@ -279,6 +204,58 @@ def test_two_address_spaces_are_told_one_after_the_other_in_one_transaction(boar
     ]  # fmt: skip
 
 
+def test_address_spaces_that_show_the_same_share_a_view_and_hear_of_their_own_sections(board: Board) -> None:  # V6
+    whole = board.memory.alias("whole", board.root, 0, board.root.size)
+    only = board.memory.container("only")
+    only.add(board.memory.alias("cpu", board.root, 0, board.root.size), 0)
+    spaces = [board.memory.address_space(region.name, region) for region in (whole, only)]
+    assert all(space.view is board.space.view for space in spaces)
+
+    for space in spaces:
+        board.listen(space.name, space=space)
+    board.map(board.c, 8)
+
+    assert all(space.view is board.space.view for space in spaces)
+    assert board.heard() == [
+        "whole:begin", "only:begin", "whole:nop:a", "whole:nop:b", "whole:add:c", "only:nop:a", "only:nop:b",
+        "only:add:c", "whole:commit", "only:commit",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "differ",
+    [
+        lambda board, root: root.set_readonly(True),
+        lambda board, root: root.set_target_offset(PAGE_SIZE),
+        lambda board, root: root.set_size(PAGE_SIZE),
+    ],
+)
+def test_address_spaces_that_show_something_else_have_views_of_their_own(
+    board: Board, differ: Callable[[Board, MemoryRegion], None]
+) -> None:  # V6
+    root = board.memory.alias("root", board.root, 0, board.root.size)
+    other = board.memory.address_space("other", root)
+
+    differ(board, root)
+
+    assert other.view is not board.space.view
+    assert other.view.ranges != board.space.view.ranges
+
+
+def test_views_that_show_nothing_are_one(board: Board) -> None:  # V6
+    spaces = [board.memory.address_space(name, board.memory.container(name)) for name in ("empty", "void")]
+    assert spaces[0].view is spaces[1].view
+    assert spaces[0].view.ranges == ()
+
+
+def test_view_that_was_taken_before_a_change_stays_as_it_was(board: Board) -> None:  # V6
+    before = board.space.view
+    ranges = before.ranges
+    board.root.remove(board.a)
+    assert before.ranges is ranges
+    assert before.lookup(0) is not None
+
+
 def test_listener_cannot_be_registered_twice(board: Board) -> None:
     recorder = board.listen()
     with pytest.raises(UsageError, match="registered already"):
@@ -295,100 +272,14 @@ def test_listener_cannot_sync_in_both_ways(board: Board) -> None:  # T8
     assert board.told == []
 
 
-class GlobalSync(MemoryListener):
-    def __init__(self) -> None:
-        self.stages: list[bool] = []
-
-    def log_sync_global(self, last_stage: bool) -> None:
-        self.stages.append(last_stage)
-
-
-def test_sync_asks_for_each_logged_section_or_once_for_all(board: Board) -> None:  # T8
-    board.a.start_logging_display()
+@pytest.mark.parametrize("change", ["topology_changed", "eventfds_changed"])
+def test_change_outside_a_transaction_is_refused(board: Board, change: str) -> None:
     board.listen()
-    whole = GlobalSync()
-    board.memory.register(whole, board.space)
-
-    board.memory.sync_dirty_log()
-    assert board.heard() == ["x:log_sync:a"]
-    board.memory.sync_dirty_log(board.b, last_stage=True)
-    assert board.heard() == []
-    board.memory.start_logging(TrackingReason.MIGRATION)
-    board.told.clear()
-    board.memory.sync_dirty_log(board.b)
-    assert board.told == [Told("x", "log_sync", at("b", 4))]
-    assert whole.stages == [False, True, False]
-
-
-def test_after_sync_reaches_everybody(board: Board) -> None:
-    board.listen("one", priority=1)
-    board.listen("zero")
-    board.memory.after_sync()
-    assert board.heard() == ["zero:log_global_after_sync", "one:log_global_after_sync"]
-
-
-def test_global_start_precedes_section_starts_and_only_the_first_reason_counts(board: Board) -> None:  # T6
-    board.listen()
-    board.memory.start_logging(TrackingReason.DIRTY_RATE)
-    assert board.heard() == [
-        "x:log_global_start", "x:begin", "x:nop:a", "x:log_start:a", "x:nop:b", "x:log_start:b", "x:commit",
-    ]  # fmt: skip
-
-    board.memory.start_logging(TrackingReason.MIGRATION)
-    board.memory.start_logging(TrackingReason.MIGRATION)
-    assert board.memory.tracking == TrackingReason.DIRTY_RATE | TrackingReason.MIGRATION
+    with board.memory.transaction():
+        pass
+    with pytest.raises(UsageError, match=r"outside a transaction; use 'with memory\.transaction"):
+        getattr(board.memory, change)()
     assert board.told == []
-
-    board.memory.stop_logging(TrackingReason.DIRTY_RATE)
-    assert board.told == []
-
-    board.memory.stop_logging(TrackingReason.MIGRATION)
-    assert board.heard() == [
-        "x:begin", "x:nop:a", "x:log_stop:a", "x:nop:b", "x:log_stop:b", "x:commit", "x:log_global_stop",
-    ]  # fmt: skip
-
-
-def test_reason_that_was_not_given_cannot_be_taken_back(board: Board) -> None:
-    board.listen()
-    board.memory.start_logging(TrackingReason.MIGRATION)
-    board.told.clear()
-    with pytest.raises(UsageError, match="not logged for"):
-        board.memory.stop_logging(TrackingReason.MIGRATION | TrackingReason.DIRTY_RATE)
-    assert board.memory.tracking == TrackingReason.MIGRATION
-    assert board.told == []
-
-
-@pytest.mark.parametrize("change", ["start_logging", "stop_logging"])
-def test_no_reason_at_all_is_refused(board: Board, change: str) -> None:
-    board.listen()
-    with pytest.raises(UsageError, match="without a reason"):
-        getattr(board.memory, change)(TrackingReason(0))
-    assert board.told == []
-
-
-def test_failed_global_start_is_undone_for_those_told_before_in_reverse(board: Board) -> None:
-    class Unable(Recorder):
-        def log_global_start(self) -> None:
-            raise HostError("no memory for the log")
-
-    board.listen("one", priority=1)
-    board.listen("two", priority=2)
-    unable = Unable(board.told, "unable", 3)
-    board.memory.register(unable, board.space)
-    board.listen("four", priority=4)
-
-    with pytest.raises(HostError, match="no memory for the log"):
-        board.memory.start_logging(TrackingReason.MIGRATION)
-
-    assert board.heard() == [
-        "one:log_global_start", "two:log_global_start", "two:log_global_stop", "one:log_global_stop",
-    ]  # fmt: skip
-    assert not board.memory.tracking
-    assert board.a.logging == Client(0)
-
-    board.memory.unregister(unable)
-    board.memory.start_logging(TrackingReason.MIGRATION)
-    assert board.a.logging == Client.MIGRATION
 
 
 @pytest.mark.parametrize("size", [0, -PAGE_SIZE, PAGE_SIZE + 1, 100])
@@ -408,20 +299,38 @@ def test_blocks_are_known_by_unique_names_in_order(board: Board) -> None:
 
 
 @pytest.mark.parametrize("size", [0, -1, (1 << 64) + 1])
-def test_container_or_alias_of_an_impossible_size_is_refused(board: Board, size: int) -> None:
-    with pytest.raises(UsageError, match="a container of"):
-        board.memory.container("odd", size)
-    with pytest.raises(UsageError, match="an alias of"):
-        board.memory.alias("odd", board.a, 0, size)
+def test_region_of_an_impossible_size_is_refused(board: Board, size: int) -> None:
+    memory = board.memory
+    for make in (
+        lambda: memory.container("odd", size),
+        lambda: memory.alias("odd", board.a, 0, size),
+        lambda: memory.mmio("odd", size, MemoryRegionOps()),
+        lambda: memory.reservation("odd", size),
+        lambda: memory.container("resized").set_size(size),
+    ):
+        with pytest.raises(UsageError, match=rf"the region '(odd|resized)' of {size} bytes; sizes are 1 to 2\*\*64"):
+            make()
 
 
 @pytest.mark.parametrize("offset", [-1, 1 << 64])
 def test_alias_of_an_impossible_offset_is_refused(board: Board, offset: int) -> None:
-    with pytest.raises(UsageError, match="an alias of"):
+    with pytest.raises(UsageError, match=r"the offset .* in 'odd'; offsets are 0 to"):
         board.memory.alias("odd", board.a, offset, PAGE_SIZE)
+    alias = board.memory.alias("window", board.a, 0, PAGE_SIZE)
+    with pytest.raises(UsageError, match=r"the offset .* in 'window'; offsets are 0 to"):
+        alias.set_target_offset(offset)
+    assert alias.target_offset == 0
 
 
-def test_two_memories_never_meet(board: Board) -> None:
+@pytest.mark.parametrize("make", ["rom", "rom_device"])
+def test_rom_without_content_is_refused(board: Board, make: str) -> None:
+    args = (MemoryRegionOps(),) if make == "rom_device" else ()
+    with pytest.raises(UsageError, match="the ROM 'empty' is empty"):
+        getattr(board.memory, make)("empty", b"", *args)
+    assert "empty" not in board.memory.blocks
+
+
+def test_two_memories_never_meet(board: Board) -> None:  # V8
     other = Memory()
     foreign = other.container("foreign")
     with pytest.raises(UsageError, match="another memory"):
@@ -456,90 +365,6 @@ def test_transaction_of_one_thread_keeps_others_out(board: Board) -> None:
     assert board.heard() == [
         "x:begin", "x:del:a", "x:nop:b", "x:commit", "x:begin", "x:nop:b", "x:add:c", "x:commit",
     ]  # fmt: skip
-
-
-class Mirror(MemoryListener):
-    """Keeps a view of its own from what it is told, and fails where that cannot be."""
-
-    def __init__(self) -> None:
-        self.sections: dict[int, tuple[MemoryRegion, int, int]] = {}
-        self.logging: dict[int, Client] = {}
-        self._last = -1
-
-    def _value(self, section: MemoryRegionSection) -> tuple[MemoryRegion, int, int]:
-        return section.region, section.offset_within_region, section.size
-
-    def _ascending(self, section: MemoryRegionSection) -> int:
-        assert section.offset_within_address_space > self._last
-        self._last = section.offset_within_address_space
-        return self._last
-
-    def begin(self) -> None:
-        self._last = -1
-        self._additions = False
-
-    def region_del(self, section: MemoryRegionSection) -> None:
-        assert not self._additions
-        assert self.sections.pop(self._ascending(section)) == self._value(section)
-        del self.logging[section.offset_within_address_space]
-
-    def region_add(self, section: MemoryRegionSection) -> None:
-        self._second_pass()
-        address = self._ascending(section)
-        assert address not in self.sections
-        self.sections[address] = self._value(section)
-        self.logging[address] = section.region.logging
-
-    def region_nop(self, section: MemoryRegionSection) -> None:
-        self._second_pass()
-        assert self.sections[self._ascending(section)] == self._value(section)
-
-    def log_start(self, section: MemoryRegionSection, old: Client, new: Client) -> None:
-        assert self.logging[section.offset_within_address_space] == old
-        self.logging[section.offset_within_address_space] = new
-
-    def log_stop(self, section: MemoryRegionSection, old: Client, new: Client) -> None:
-        # Where some clients start and others stop at once, both are told with the same old and new.
-        assert self.logging[section.offset_within_address_space] in (old, new)
-        self.logging[section.offset_within_address_space] = new
-
-    def _second_pass(self) -> None:
-        if not self._additions:
-            self._additions, self._last = True, -1
-
-
-step = st.tuples(st.sampled_from(["move", "toggle", "display", "migration"]), st.integers(0, 2), st.integers(0, 8))
-
-
-@settings(deadline=None, max_examples=60)
-@given(transactions=st.lists(st.lists(step, min_size=1, max_size=4), max_size=8))
-def test_listener_can_follow_any_change_from_what_it_is_told(transactions: list[list[tuple[str, int, int]]]) -> None:
-    # T1 T3 T4
-    memory = Memory()
-    root, ram = memory.container("root"), memory.ram("ram", 4 * PAGE_SIZE)
-    pieces = [memory.ram("other", 2 * PAGE_SIZE), memory.alias("head", ram, 0, 2 * PAGE_SIZE), ram]
-    space = memory.address_space("space", root)
-    mirror = Mirror()
-    memory.register(mirror, space)
-    for steps in transactions:
-        with memory.transaction():
-            for action, number, page in steps:
-                piece = pieces[number]
-                if action in ("move", "toggle") and piece.container is not None:
-                    root.remove(piece)
-                if action == "move" or (action == "toggle" and page % 2):
-                    root.add(piece, page * PAGE_SIZE, priority=page % 3)
-                if action == "display":
-                    (ram.stop_logging_display if ram.logging & Client.DISPLAY else ram.start_logging_display)()
-                if action == "migration":
-                    (memory.stop_logging if memory.tracking else memory.start_logging)(TrackingReason.MIGRATION)
-
-        shown = {flat.start: (flat.region, flat.offset, flat.size) for flat in space.view.ranges}
-        assert mirror.sections == shown
-        assert mirror.logging == {flat.start: flat.logging for flat in space.view.ranges}
-    memory.unregister(mirror)
-    assert mirror.sections == {}
-    memory.close()
 
 
 def test_ram_that_the_host_cannot_map_is_refused_with_a_remedy() -> None:

@@ -2,10 +2,12 @@ from collections.abc import Callable, Iterator
 
 import pytest
 from support.listeners import Recorder, Seen, Told
+from support.model_tracker import ModelWorld
 from support.oracles import to_bits, to_words
 
 from dirtylog.errors import UsageError
-from dirtylog.memory import ClearChunks, Client, Memory, MemoryRegion, PageBitmap, TrackingReason
+from dirtylog.memory import ClearChunks, Client, Memory, MemoryRegion, MemoryRegionOps, PageBitmap, TrackingReason
+from dirtylog.trackers import KVMLogMode
 from dirtylog.units import PAGE_SIZE
 
 PAGES = 200
@@ -271,7 +273,7 @@ def test_removed_region_can_be_mapped_elsewhere(board: Board) -> None:
         board.root.remove(board.ram)
 
 
-def test_regions_that_cannot_be_mapped_there_are_refused(board: Board) -> None:
+def test_regions_that_cannot_be_mapped_there_are_refused(board: Board) -> None:  # V7 V8
     memory, inner = board.memory, board.memory.container("inner")
     foreign = Memory()
     refused = [
@@ -287,9 +289,109 @@ def test_regions_that_cannot_be_mapped_there_are_refused(board: Board) -> None:
         with pytest.raises(UsageError, match=message):
             parent.add(child, address)
     assert board.told == []
+    assert inner.container is None
+    assert board.root.children == (board.ram,)
 
 
-def test_loop_through_aliases_is_refused(board: Board) -> None:
+@pytest.mark.parametrize("priority", [-(1 << 31) - 1, 1 << 31])
+def test_priority_of_more_than_32_bits_is_refused(board: Board, priority: int) -> None:
+    with pytest.raises(UsageError, match=r"the priority .*; priorities are signed 32-bit numbers"):
+        board.root.add(board.memory.container("inner"), 0, priority=priority)
+    with pytest.raises(UsageError, match="the priority"):
+        board.ram.move(AT, priority=priority)
+    assert board.ram.priority == 0
+
+
+@pytest.mark.parametrize("address", [-1, 1 << 64])
+def test_move_to_an_impossible_address_is_refused(board: Board, address: int) -> None:
+    with pytest.raises(UsageError, match="cannot be mapped at"):
+        board.ram.move(address)
+    assert board.ram.address == AT
+    assert board.told == []
+
+
+def test_what_a_kind_of_region_cannot_do_is_refused(board: Board) -> None:
+    memory = board.memory
+    spare = memory.container("spare")
+    alias = memory.alias("alias", board.ram, 0, PAGE_SIZE)
+    refused: list[tuple[Callable[[], object], str]] = [
+        (lambda: board.ram.set_size(PAGE_SIZE), "has the size of its block; show a part of it through an alias"),
+        (lambda: board.ram.set_target_offset(0), "is not an alias"),
+        (lambda: board.ram.set_trapped(True), "is not a ROM device"),
+        (lambda: memory.mmio("mmio", 8, MemoryRegionOps()).set_trapped(True), "is not a ROM device"),
+        (lambda: spare.move(0), "is not mapped anywhere; add it to a container"),
+        (lambda: spare.start_logging_display(), "is not RAM"),
+        (lambda: alias.start_logging_display(), "is not RAM"),
+        (lambda: alias.set_dirty(0, 1), "is not RAM"),
+    ]
+    for change, message in refused:
+        with pytest.raises(UsageError, match=message):
+            change()
+    assert board.told == []
+
+
+def test_region_that_stays_as_it_is_tells_nothing(board: Board) -> None:  # T1
+    spare = board.memory.container("spare", PAGE_SIZE)
+    alias = board.memory.alias("alias", board.ram, 0, PAGE_SIZE)
+    board.ram.move(AT)
+    board.ram.set_enabled(True)
+    board.ram.set_readonly(False)
+    spare.set_size(PAGE_SIZE)
+    alias.set_target_offset(0)
+    board.memory.set_code_client(False)
+    assert board.told == []
+
+
+def test_moved_region_comes_before_its_equals(board: Board) -> None:  # T9
+    later = board.memory.reservation("later", PAGE_SIZE)
+    board.root.add(later, AT)
+    assert board.space.view.ranges[0].region is later
+
+    board.ram.move(AT + PAGE_SIZE)
+    board.ram.move(AT)
+
+    assert [flat.region for flat in board.space.view.ranges] == [board.ram]
+
+
+@pytest.mark.parametrize("how", ["remove", "move", "hide", "protect", "cover", "shrink"])
+def test_dirt_of_a_logged_region_that_changes_is_collected_first(how: str) -> None:  # D6
+    world = ModelWorld(KVMLogMode.MANUAL, 100)
+    window = world.memory.alias("window", world.ram, 0, world.ram.size)
+    world.root.add(window, AT)
+    world.memory.start_logging(TrackingReason.MIGRATION)
+    world.ram.test_and_clear_dirty(0, world.ram.size, Client.MIGRATION)
+    world.write([AT + 5 * PAGE_SIZE, AT + 99 * PAGE_SIZE])
+
+    {
+        "remove": lambda: world.root.remove(window),
+        "move": lambda: window.move(2 * AT),
+        "hide": lambda: window.set_enabled(False),
+        "protect": lambda: window.set_readonly(True),
+        "cover": lambda: world.root.add(world.memory.reservation("cover", PAGE_SIZE), AT + 5 * PAGE_SIZE, priority=1),
+        "shrink": lambda: window.set_size(50 * PAGE_SIZE),
+    }[how]()
+
+    dirty = [page for page in range(100) if world.ram.is_dirty(page * PAGE_SIZE, 1, Client.MIGRATION)]
+    assert dirty == [5, 99]
+    world.close()
+
+
+def test_kinds_say_what_they_are(board: Board) -> None:
+    memory, ops = board.memory, MemoryRegionOps()
+    regions = [
+        board.ram, memory.rom("rom", b"x"), memory.rom_device("flash", b"x", ops), memory.mmio("mmio", 8, ops),
+        memory.reservation("kept", 8), memory.container("box"), memory.alias("window", board.ram, 0, 8),
+    ]  # fmt: skip
+    assert [region.kind for region in regions] == [
+        "ram", "rom", "rom-device", "mmio", "reservation", "container", "alias"
+    ]  # fmt: skip
+    assert [region.terminates for region in regions] == [True] * 5 + [False] * 2
+    assert regions[1].block is not None
+    assert regions[1].block.array[:2].tolist() == [ord("x"), 0]
+    assert regions[1].size == PAGE_SIZE
+
+
+def test_loop_through_aliases_is_refused(board: Board) -> None:  # V7
     outer, inner = board.memory.container("outer"), board.memory.container("inner")
     outer.add(board.memory.alias("down", inner, 0, 1 << 30), 0)
 

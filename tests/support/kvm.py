@@ -3,6 +3,7 @@
 import os
 import threading
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Final
 
 import numpy as np
@@ -93,7 +94,7 @@ class KVMWorld:
         self.root = self.memory.container("root")
         self.root.add(self.memory.ram("code", 4 * PAGE_SIZE), _CODE_ADDRESS)
         self.system: AddressSpace = self.memory.address_space("system", self.root)
-        self.listener: TrackerListener = MemorySlots(self._vm, mode).listener()
+        self.listener: TrackerListener = MemorySlots(self._vm, mode).listener(nullcontext)
         self.memory.register(self.listener, self.system)
         self._vcpu = self._vm.create_vcpu(0)
         enter_protected_mode(self._vcpu)

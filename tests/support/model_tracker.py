@@ -4,7 +4,9 @@ Each page is in one of three states. In the kernel the last two are one, a bit s
 because clearing the one is right and clearing the other loses a write.
 """
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from enum import Enum
 
 from dirtylog.errors import UsageError
@@ -26,11 +28,15 @@ class PageLog(Enum):
 
 
 class ModelTracker:
-    """A `Tracker` of ``pages`` pages whose writer calls `write`."""
+    """A `Tracker` of ``pages`` pages whose writer calls `write`.
 
-    def __init__(self, mode: KVMLogMode, pages: int) -> None:
+    Both sides hold ``bus``: on real hardware, too, a store comes wholly before or wholly after a page is protected.
+    """
+
+    def __init__(self, mode: KVMLogMode, pages: int, bus: AbstractContextManager[object] | None = None) -> None:
         self._mode = mode
         self._pages = pages
+        self._bus: AbstractContextManager[object] = bus or threading.RLock()
         self._log: list[PageLog] | None = None
 
     @property
@@ -57,6 +63,10 @@ class ModelTracker:
         self._log = [first] * self._pages
 
     def collect(self, words: Words) -> None:
+        with self._bus:
+            self._collect(words)
+
+    def _collect(self, words: Words) -> None:
         log = self._armed("collect")
         if words.shape != (word_count(self._pages),):
             raise ContractError(f"{words.shape} words for {self._pages} pages")
@@ -73,6 +83,10 @@ class ModelTracker:
         if self._mode.clears_on_collect:
             raise ContractError("cleared, though collecting clears")
         self._check_window(first, count, words)
+        with self._bus:
+            self._clear(log, first, count, words)
+
+    def _clear(self, log: list[PageLog], first: int, count: int, words: Words) -> None:
         for index, word in enumerate(words.tolist()):
             for bit in range(WORD_BITS):
                 if word >> bit & 1:
@@ -105,33 +119,45 @@ class ModelTracker:
 class ModelWorld:
     """A memory, an address space on it, a listener that gives each section a `ModelTracker`, and a guest's writes.
 
-    ``ram`` is not mapped yet: that is the test's to do.
+    ``ram`` is not mapped yet: that is the test's to do. Guests may write from several threads.
+
+    Attributes:
+        holds: how often writers were held.
+        before_hold: called right before, for a last write.
     """
 
     def __init__(self, mode: KVMLogMode, pages: int) -> None:
         self.mode = mode
         self.trackers: dict[int, tuple[MemoryRegionSection, ModelTracker]] = {}
+        self.bus = threading.RLock()
+        self.holds = 0
+        self.before_hold: Callable[[], None] = lambda: None
+        self._held = False
         self.memory = Memory()
         self.ram: MemoryRegion = self.memory.ram("ram", pages * PAGE_SIZE)
         self.root = self.memory.container("root")
         self.system: AddressSpace = self.memory.address_space("system", self.root)
         self.listener: TrackerListener = tracker_listener(
-            self._attach, self._detach, clears_on_collect=mode.clears_on_collect
+            self._attach, self._detach, self._hold, clears_on_collect=mode.clears_on_collect
         )
         self.memory.register(self.listener, self.system)
 
     def write(self, addresses: Sequence[int]) -> None:
         """Add 1 to the byte at each address, one after the other, as a guest does."""
         for address in addresses:
-            section, tracker = next(
-                (section, tracker)
-                for start, (section, tracker) in self.trackers.items()
-                if start <= address < start + section.size
-            )
-            offset = address - section.offset_within_address_space
-            tracker.write(offset // PAGE_SIZE)
-            assert section.region.block is not None
-            section.region.block.array[section.offset_within_region + offset] += 1
+            assert self.try_write(address), f"no guest can write at {address:#x}"
+
+    def try_write(self, address: int) -> bool:
+        """Add 1 to the byte at an address, if there is memory that a guest can write."""
+        with self.bus:
+            for start, (section, tracker) in self.trackers.items():
+                if start <= address < start + section.size and not section.readonly:
+                    offset = address - start
+                    tracker.write(offset // PAGE_SIZE)
+                    assert section.region.block is not None
+                    section.region.block.array[section.offset_within_region + offset] += 1
+                    return True
+        return False
 
     def notices(self, page: int) -> bool:
         """Whether the next sync will report a page of ``ram``."""
@@ -147,16 +173,37 @@ class ModelWorld:
         assert not self.trackers
         self.memory.close()
 
+    @contextmanager
+    def _hold(self) -> Iterator[None]:
+        self.before_hold()
+        with self.bus:
+            assert not self._held
+            self._held = True
+            self.holds += 1
+            yield
+            self._held = False
+
     def _attach(self, section: MemoryRegionSection) -> ModelTracker | None:
-        if section.region.block is None:
+        if section.region.block is None or not section.direct:
             return None
-        tracker = ModelTracker(self.mode, section.size // PAGE_SIZE)
+        if section.offset_within_region % PAGE_SIZE:
+            raise UsageError("in the middle of a page")
+        for start, (other, _) in self.trackers.items():
+            if start < section.offset_within_address_space + section.size and (
+                section.offset_within_address_space < start + other.size
+            ):
+                raise ContractError("two trackers for one address")
+        tracker = ModelTracker(self.mode, section.size // PAGE_SIZE, self.bus)
         self.trackers[section.offset_within_address_space] = section, tracker
         return tracker
 
     def _detach(self, tracker: Tracker) -> None:
-        start = next((start for start, (_, known) in self.trackers.items() if known is tracker), None)
-        if start is None:
+        start, section = next(
+            ((start, section) for start, (section, known) in self.trackers.items() if known is tracker), (None, None)
+        )
+        if start is None or section is None:
             raise UsageError("not one of ours")
+        if section.region.logging and not self._held:
+            raise ContractError("what is logged goes while guests write it")
         if self.trackers.pop(start)[1].armed:
             raise ContractError("detached while armed")

@@ -80,7 +80,9 @@ def test_tracker_of_an_idle_slot(kvm: KVM, mode: KVMLogMode, pages: int) -> None
     everything = set(range(pages))
     with kvm.create_vm() as vm:
         choose_mode(vm, mode)
-        tracker = KVMLogTracker(vm, mode, slot=3, gpa=1 << 32, pages=pages, hva=ram.block.mapping.address)
+        tracker = KVMLogTracker(
+            vm, mode, slot=3, gpa=1 << 32, pages=pages, hva=ram.block.mapping.address, readonly=False
+        )
         assert (tracker.slot, tracker.pages) == (3, pages)
         tracker.collect(words)
         assert to_bits(words) == set()

@@ -5,6 +5,7 @@ import mmap
 import os
 import signal
 import struct
+from collections.abc import Iterator
 from typing import Final, Self
 
 import numpy as np
@@ -14,6 +15,7 @@ from dirtylog.errors import ClosedError, HostError, KernelError, UsageError
 from dirtylog.linux import kvm_abi as abi
 from dirtylog.linux.ioctl import Request, ioctl, ioctl_unsigned, kernel_error
 from dirtylog.linux.kvm_abi import Capability, ExitReason
+from dirtylog.units import PAGE_SIZE
 
 Words = npt.NDArray[np.uint64]
 
@@ -72,7 +74,8 @@ class KVM(_Handle):
             version = self._ioctl(abi.GET_API_VERSION)
         except KernelError as error:
             self.close()
-            raise HostError(f"{path} is not a KVM device", remedy=f"use {KVM_DEVICE}") from error
+            remedy = None if path == KVM_DEVICE else f"use {KVM_DEVICE}"
+            raise HostError(f"{path} is not a KVM device", remedy=remedy) from error
         if version != abi.API_VERSION:
             self.close()
             raise HostError(f"{path} speaks KVM API version {version}, not {abi.API_VERSION}")
@@ -148,6 +151,17 @@ class VM(_Handle):
         except KernelError as error:
             if error.errno != errno.ENOENT:
                 raise
+
+    def assign_eventfd(self, eventfd: abi.IOEventFD, *, assign: bool) -> None:
+        """Have writes signal an eventfd instead of leaving the guest, or no longer."""
+        flags = eventfd.flags | (0 if assign else abi.IOEventFDFlag.DEASSIGN)
+        argument = abi.IOEventFD(eventfd.datamatch, eventfd.addr, eventfd.len, eventfd.fd, flags)
+        self._ioctl(abi.IOEVENTFD, argument)
+
+    def coalesce(self, address: int, size: int, *, pio: bool, on: bool) -> None:
+        """Have writes to a range wait in a ring until a vCPU leaves the guest for another reason, or no longer."""
+        zone = abi.CoalescedZone(address, size, pio)
+        self._ioctl(abi.REGISTER_COALESCED if on else abi.UNREGISTER_COALESCED, zone)
 
     def create_irqchip(self) -> None:
         """Create the PICs, the I/O APIC and local APICs in the kernel, and the timer."""
@@ -240,6 +254,22 @@ class VCPU(_Handle):
         """The bytes of the current port I/O exit, to read (guest writes) or to fill (guest reads)."""
         io = self.exit.io
         return self._shared[io.data_offset :][: io.size * io.count]
+
+    def drain_coalesced(self, page: int) -> Iterator[tuple[bool, int, bytes]]:
+        """The writes that wait in the machine's ring, oldest first, as (port I/O, address, data); taken out one by one.
+
+        Args:
+            page: where in the vCPU's mapping the ring is: what KVM_CHECK_EXTENSION answers for COALESCED_MMIO.
+        """
+        ring = self._shared[page * PAGE_SIZE :]
+        while True:
+            first, last = abi.COALESCED_HEAD.unpack_from(ring)
+            if first == last or not max(first, last) < abi.COALESCED_ENTRIES:
+                return
+            offset = abi.COALESCED_HEAD.size + first * abi.COALESCED_ENTRY.size
+            address, length, pio, data = abi.COALESCED_ENTRY.unpack_from(ring, offset)
+            struct.pack_into("<I", ring, 0, (first + 1) % abi.COALESCED_ENTRIES)
+            yield bool(pio), address, data[:length]
 
     def let_kick_through(self) -> None:
         """Let `KICK_SIGNAL` interrupt KVM_RUN although it is blocked in the calling thread, as it must be."""

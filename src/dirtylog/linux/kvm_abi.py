@@ -5,6 +5,7 @@ Structures whose fields are used are spelled out; those that are only saved and 
 """
 
 import ctypes
+import struct
 from enum import IntEnum, IntFlag
 from typing import Final, NamedTuple
 
@@ -25,6 +26,7 @@ class Capability(IntEnum):
     PIT2 = 33
     IOEVENTFD = 36
     TSC_CONTROL = 60
+    MAX_VCPUS = 66
     READONLY_MEM = 81
     IMMEDIATE_EXIT = 136
     COALESCED_PIO = 162
@@ -105,6 +107,33 @@ class EnableCap(ctypes.Structure):
         ("args", ctypes.c_uint64 * 4),
         ("pad", ctypes.c_uint8 * 64),
     )
+
+
+class IOEventFDFlag(IntFlag):
+    """Flags of an ioeventfd."""
+
+    DATAMATCH = 1
+    PIO = 2
+    DEASSIGN = 4
+
+
+class IOEventFD(ctypes.Structure):
+    """struct kvm_ioeventfd."""
+
+    _fields_ = (
+        ("datamatch", ctypes.c_uint64),
+        ("addr", ctypes.c_uint64),
+        ("len", ctypes.c_uint32),
+        ("fd", ctypes.c_int32),
+        ("flags", ctypes.c_uint32),
+        ("pad", ctypes.c_uint8 * 36),
+    )
+
+
+class CoalescedZone(ctypes.Structure):
+    """struct kvm_coalesced_mmio_zone."""
+
+    _fields_ = (("addr", ctypes.c_uint64), ("size", ctypes.c_uint32), ("pio", ctypes.c_uint32))
 
 
 class PITConfig(ctypes.Structure):
@@ -230,6 +259,10 @@ class Run(ctypes.Structure):
     )
 
 
+COALESCED_HEAD: Final = struct.Struct("<II")  # struct kvm_coalesced_mmio_ring: first, last
+COALESCED_ENTRY: Final = struct.Struct("<QII8s")  # struct kvm_coalesced_mmio: address, length, pio, data
+COALESCED_ENTRIES: Final = (4096 - COALESCED_HEAD.size) // COALESCED_ENTRY.size
+
 MSR_HEADER_SIZE: Final = 8  # struct kvm_msrs without its entries
 MSR_ENTRY_SIZE: Final = 16
 CPUID_HEADER_SIZE: Final = 8  # struct kvm_cpuid2 without its entries
@@ -253,6 +286,9 @@ CREATE_IRQCHIP: Final = io("KVM_CREATE_IRQCHIP", KVMIO, 0x60)
 GET_IRQCHIP: Final = iowr("KVM_GET_IRQCHIP", KVMIO, 0x62, IRQCHIP_SIZE)
 SET_IRQCHIP: Final = ior("KVM_SET_IRQCHIP", KVMIO, 0x63, IRQCHIP_SIZE)
 CREATE_PIT2: Final = iow("KVM_CREATE_PIT2", KVMIO, 0x77, PITConfig)
+REGISTER_COALESCED: Final = iow("KVM_REGISTER_COALESCED_MMIO", KVMIO, 0x67, CoalescedZone)
+UNREGISTER_COALESCED: Final = iow("KVM_UNREGISTER_COALESCED_MMIO", KVMIO, 0x68, CoalescedZone)
+IOEVENTFD: Final = iow("KVM_IOEVENTFD", KVMIO, 0x79, IOEventFD)
 ENABLE_CAP: Final = iow("KVM_ENABLE_CAP", KVMIO, 0xA3, EnableCap)
 CLEAR_DIRTY_LOG: Final = iowr("KVM_CLEAR_DIRTY_LOG", KVMIO, 0xC0, ClearDirtyLog)
 

@@ -169,3 +169,60 @@ class MemfdMapping:
         """Turn [start, start + size) into a hole: it reads as zeros and takes no memory."""
         flags = _FALLOC_FL_PUNCH_HOLE | _FALLOC_FL_KEEP_SIZE
         _check("fallocate FALLOC_FL_PUNCH_HOLE", _libc.fallocate(self.fd, flags, start, size))
+
+
+class BufferMapping:
+    """A caller's memory, with what `MemfdMapping` offers. Its owner keeps it; this only holds on to it.
+
+    Attributes:
+        size: bytes, a whole number of pages.
+        array: the memory as uint8, shape (size,).
+        memory: the same as a memoryview.
+        address: where it is in this process, on a page boundary.
+    """
+
+    def __init__(self, buffer: memoryview) -> None:
+        if buffer.readonly or not buffer.c_contiguous:
+            raise UsageError("the buffer is read-only or not contiguous", remedy="give writable, contiguous memory")
+        self._memory: memoryview | None = buffer.cast("B") if buffer.nbytes else buffer
+        self.size = buffer.nbytes
+        self.address = int(self.array.ctypes.data)
+        if not self.size or self.size % PAGE_SIZE or self.address % PAGE_SIZE:
+            raise UsageError(
+                f"a buffer of {self.size} bytes at {self.address:#x} is not whole {PAGE_SIZE}-byte pages",
+                remedy="allocate it with mmap, which aligns to pages",
+            )
+
+    @property
+    def memory(self) -> memoryview:
+        """The memory as bytes."""
+        if self._memory is None:
+            raise ClosedError("this memory was closed")
+        return self._memory
+
+    @property
+    def array(self) -> npt.NDArray[np.uint8]:
+        """The memory as uint8, shape (size,)."""
+        return np.frombuffer(self.memory, np.uint8)
+
+    def close(self) -> None:
+        """Let go of the buffer; idempotent."""
+        self._memory = None
+
+    def extents(self, start: int, end: int) -> Iterator[tuple[int, int]]:
+        """All of it counts as data: nobody knows."""
+        if start < end:
+            yield start, end
+
+    def populate(self, start: int, size: int) -> None:
+        """Allocate and map [start, start + size) now."""
+        _check("madvise MADV_POPULATE_WRITE", _libc.madvise(self.address + start, size, _MADV_POPULATE_WRITE))
+
+    def punch(self, start: int, size: int) -> None:
+        """Zero [start, start + size)."""
+        self.array[start : start + size] = 0
+
+    def make_huge(self, start: int) -> bool:
+        """Leave the caller's memory as it is."""
+        del start
+        return False

@@ -5,7 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from enum import Enum
 
-from dirtylog.errors import DirtylogError, UsageError
+from dirtylog.errors import ClosedError, DirtylogError, UsageError
 from dirtylog.memory import Memory
 
 MachineState = dict[str, dict[str, bytes]]
@@ -52,7 +52,9 @@ class Machine(ABC):
         self.observers: list[StateObserver] = []
         self.failure: DirtylogError | None = None
         self._state = RunState.PRELAUNCH
+        memory.set_running(False)
         self._state_lock = threading.RLock()
+        self._closed = False
 
     @property
     def state(self) -> RunState:
@@ -81,7 +83,9 @@ class Machine(ABC):
         """
         with self._state_lock:
             self._check_free()
-            if self._state is RunState.RUNNING:
+            if self._state in ENDED:
+                self._stop()  # what ended it may have been one writer of several
+            elif self._state is RunState.RUNNING:
                 self._go(RunState.PAUSED)
 
     def hold(self, state: RunState) -> RunState:
@@ -105,6 +109,8 @@ class Machine(ABC):
                 self._go(state)
 
     def _check_free(self) -> None:
+        if self._closed:
+            raise ClosedError("the machine was closed")
         if self._state in HELD:
             raise UsageError(
                 f"the machine is in the hands of a migration ({self._state.value})",
@@ -129,8 +135,14 @@ class Machine(ABC):
                 self.failure = failure
                 self._enter(state)
 
+    def _check_still(self) -> None:
+        """For implementations: refuse what needs a machine that stands still."""
+        if self._state is RunState.RUNNING:
+            raise UsageError("the machine runs, and its state changes while it is read", remedy="pause it first")
+
     def _enter(self, state: RunState) -> None:
         old, self._state = self._state, state
+        self.memory.set_running(state is RunState.RUNNING)
         if old is not state:
             for observer in tuple(self.observers):
                 observer(old, state)

@@ -1,6 +1,7 @@
 """Bitmaps with one bit a page, in KVM's own layout."""
 
-from typing import Self
+from collections.abc import Callable, Iterator
+from typing import Final, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -11,7 +12,18 @@ from dirtylog.units import WORD_BITS, word_count
 Words = npt.NDArray[np.uint64]
 """Little-endian 64-bit words; bit i of word w stands for page 64 * w + i."""
 
+Numbers = npt.NDArray[np.int64]
+
 _ONES = np.uint64(0xFFFF_FFFF_FFFF_FFFF)
+_ONE = np.uint64(1)
+_LAST_BIT = np.uint64(WORD_BITS - 1)
+
+_BLOCK: Final = 1 << 15
+"""How many words are looked at together: what is computed of them on the way stays in a CPU's cache."""
+_FEW: Final = 4
+"""Up to so many bits a word, on average, finding them one by one costs less than unpacking all words."""
+_LAYERS: Final = 6
+"""How many bits are found in a word one by one, before words that have more are unpacked."""
 
 
 class PageBitmap:
@@ -49,10 +61,13 @@ class PageBitmap:
 
     def set(self, first: int = 0, count: int | None = None) -> None:
         """Set the bits of a range."""
+        count = self._count(first, count)
+        word, bit = divmod(first, WORD_BITS)
+        if 0 < count <= WORD_BITS - bit:
+            self.words[word] |= np.uint64(((1 << count) - 1) << bit)
+            return
         span, head, tail = self._span(first, count)
-        if span.size == 1:
-            span |= head & tail
-        elif span.size:
+        if span.size:
             span[0] |= head
             span[1:-1] = _ONES
             span[-1] |= tail
@@ -73,27 +88,23 @@ class PageBitmap:
 
     def any(self, first: int = 0, count: int | None = None) -> bool:
         """Whether any bit of a range is set."""
-        return bool(self._masked(first, count).any())
+        return any(bool(words.any()) for _, words, _ in self._blocks(first, count))
 
     def count(self, first: int = 0, count: int | None = None) -> int:
         """How many bits of a range are set."""
-        return int(np.bitwise_count(self._masked(first, count)).sum(dtype=np.int64))
+        return sum(_population(words) for _, words, _ in self._blocks(first, count))
 
-    def runs(self, first: int = 0, count: int | None = None) -> npt.NDArray[np.int64]:
+    def runs(self, first: int = 0, count: int | None = None) -> Numbers:
         """The maximal runs of set bits in a range, ascending: shape (n, 2), columns first page and length."""
-        words = self._masked(first, count)
-        carry = np.zeros_like(words)
-        carry[1:] = words[:-1] >> np.uint64(63)
-        starts = _positions(words & ~(words << np.uint64(1) | carry))
-        carry[:-1] = words[1:] << np.uint64(63)
-        carry[-1:] = 0
-        last = _positions(words & ~(words >> np.uint64(1) | carry))
-        base = first // WORD_BITS * WORD_BITS
-        return np.stack((starts + base, last - starts + 1), axis=1)
+        edges = self._positions(_edges, first, count)
+        # Where runs begin and end, in turn. No word may have the end of a run up to the range's own, which comes last.
+        runs = edges[: edges.size // 2 * 2].reshape(-1, 2)
+        runs[:, 1] -= runs[:, 0]
+        return runs
 
-    def indices(self, first: int = 0, count: int | None = None) -> npt.NDArray[np.int64]:
+    def indices(self, first: int = 0, count: int | None = None) -> Numbers:
         """The pages of a range whose bits are set, ascending."""
-        return _positions(self._masked(first, count)) + first // WORD_BITS * WORD_BITS
+        return self._positions(lambda words, _: words, first, count)[:-1]
 
     def extract(self, first: int = 0, count: int | None = None) -> Words:
         """The bits of a range as new words whose bit 0 is page ``first``; zeros past the range."""
@@ -123,20 +134,21 @@ class PageBitmap:
         count = self._count(first, count)
         if words.shape != (word_count(count),):
             raise UsageError(f"{words.size} words do not cover {count} pages")
-        if count % WORD_BITS:
-            words = words.copy()
-            mask_tail(words, count)
         shift = np.uint64(first % WORD_BITS)
-        if shift:
-            shifted = np.zeros(len(words) + 1, np.uint64)
-            shifted[:-1] = words << shift
-            shifted[1:] |= words >> (np.uint64(WORD_BITS) - shift)
-            words = shifted
-        start = first // WORD_BITS
-        mine = self.words[start : start + len(words)]
-        words = words[: len(mine)]
-        fresh = int(np.bitwise_count(words & ~mine).sum(dtype=np.int64))
-        mine |= words
+        fresh = 0
+        for low in range(0, words.size, _BLOCK):
+            part = words[low : low + _BLOCK]
+            if low + part.size == words.size:
+                part = part.copy()
+                mask_tail(part, count - low * WORD_BITS)
+            if shift:
+                shifted = np.zeros(part.size + 1, np.uint64)
+                shifted[:-1] = part << shift
+                shifted[1:] |= part >> (np.uint64(WORD_BITS) - shift)
+                part = shifted
+            start = first // WORD_BITS + low
+            mine = self.words[start : start + part.size]
+            fresh += _merge(part[: mine.size], mine)
         return fresh
 
     def _count(self, first: int, count: int | None) -> int:
@@ -165,6 +177,38 @@ class PageBitmap:
             words[-1] &= tail
         return words
 
+    def _blocks(self, first: int, count: int | None) -> Iterator[tuple[int, Words, np.uint64]]:
+        """The words of a range with nothing but its bits, some at a time; not to be changed.
+
+        With each block come the number of its first word and, as 0 or 1, the bit before the block.
+        """
+        span, head, tail = self._span(first, count)
+        before = np.uint64(0)
+        for low in range(0, span.size, _BLOCK):
+            words = span[low : low + _BLOCK]
+            starts, ends = low == 0, low + words.size == span.size
+            if starts or ends:
+                words = words.copy()
+            if starts:
+                words[0] &= head
+            if ends:
+                words[-1] &= tail
+            yield first // WORD_BITS + low, words, before
+            before = words[-1] >> _LAST_BIT
+
+    def _positions(self, select: Callable[[Words, np.uint64], Words], first: int, count: int | None) -> Numbers:
+        """The numbers of the bits that ``select`` leaves of a range's blocks, ascending, and then the range's end."""
+        blocks = list(self._blocks(first, count))
+        counts = [_population(select(words, before)) for _, words, before in blocks]
+        found = np.empty(sum(counts) + 1, np.int64)
+        found[-1] = first + self._count(first, count)
+        done = 0
+        for (start, words, before), size in zip(blocks, counts, strict=True):
+            if size:
+                _list_bits(select(words, before), start * WORD_BITS, found[done : done + size])
+                done += size
+        return found
+
 
 def mask_tail(words: Words, pages: int) -> None:
     """Zero the bits at and past ``pages`` in the last word of words that cover them."""
@@ -172,8 +216,67 @@ def mask_tail(words: Words, pages: int) -> None:
         words[pages // WORD_BITS] &= _ONES >> np.uint64(-pages % WORD_BITS)
 
 
-def _positions(words: Words) -> npt.NDArray[np.int64]:
-    """The numbers of the set bits, ascending; only words that are not zero cost anything beyond one look."""
-    occupied = np.flatnonzero(words)
-    bits = np.flatnonzero(np.unpackbits(words[occupied].astype("<u8").view(np.uint8), bitorder="little"))
-    return occupied[bits // WORD_BITS] * WORD_BITS + bits % WORD_BITS
+def _population(block: Words) -> int:
+    return int(np.bitwise_count(block).sum(dtype=np.uint32))
+
+
+def _merge(words: Words, into: Words) -> int:
+    """Set what is 1 in ``words``; how many bits were not set before."""
+    new = ~into
+    new &= words
+    fresh = _population(new)
+    if fresh:
+        into |= words
+    return fresh
+
+
+def _edges(words: Words, before: np.uint64) -> Words:
+    """The bits that differ from the bit before them."""
+    edges = words << _ONE
+    edges[1:] |= words[:-1] >> _LAST_BIT
+    edges[0] |= before
+    edges ^= words
+    return edges
+
+
+def _list_bits(words: Words, base: int, into: Numbers) -> None:
+    """Write ``base`` plus the numbers of the set bits, ascending, to where there is room for just these.
+
+    Where bits are few, the lowest of each word that is not zero is put in its place, then the next of those words that
+    have more, and so on: each bit costs a step, zeros hardly anything. Where they are many, unpacking costs less.
+    """
+    if into.size == words.size * WORD_BITS:
+        into[:] = np.arange(base, base + into.size)
+        return
+    if into.size > words.size * _FEW:
+        np.add(_unpacked(words), base, out=into)
+        return
+    occupied = np.flatnonzero(words != 0)
+    left = words.take(occupied)
+    numbers = occupied * WORD_BITS + base
+    places = _before(np.bitwise_count(left))
+    for _ in range(_LAYERS):
+        lowest = left & -left
+        into[places] = numbers + np.bitwise_count(lowest - _ONE)
+        left ^= lowest
+        more = np.flatnonzero(left != 0)
+        if not more.size:
+            return
+        left, numbers, places = left.take(more), numbers.take(more), places.take(more)
+        places += 1
+    bits = _unpacked(left)
+    word = bits // WORD_BITS
+    places -= _before(np.bitwise_count(left))
+    into[places[word] + np.arange(bits.size)] = numbers[word] + bits % WORD_BITS
+
+
+def _unpacked(words: Words) -> Numbers:
+    """The numbers of the set bits, ascending, at a cost for each bit, set or not."""
+    return np.flatnonzero(np.unpackbits(words.astype("<u8").view(np.uint8), bitorder="little").view(np.bool_))
+
+
+def _before(counts: npt.NDArray[np.uint8]) -> Numbers:
+    """The sum of all counts before each."""
+    sums: Numbers = np.cumsum(counts, dtype=np.int64)
+    sums -= counts
+    return sums

@@ -3,13 +3,14 @@
 import numpy as np
 import numpy.typing as npt
 
-from dirtylog.linux.mapping import MemfdMapping
+from dirtylog.errors import UsageError
+from dirtylog.linux.mapping import BufferMapping, MemfdMapping
 from dirtylog.memory.dirty import DirtyMemory
 from dirtylog.units import PAGE_SIZE
 
 
 class RAMBlock:
-    """A named piece of host memory, a memfd mapping, with its dirty bitmaps.
+    """A named piece of host memory, a memfd mapping or a caller's buffer, with its dirty bitmaps.
 
     Attributes:
         name: unique in its `Memory`; how both sides of a migration know the block.
@@ -19,11 +20,13 @@ class RAMBlock:
         dirty: what was written, per client.
     """
 
-    def __init__(self, name: str, size: int) -> None:
+    def __init__(self, name: str, size: int, buffer: memoryview | None = None) -> None:
+        if buffer is not None and buffer.nbytes != size:
+            raise UsageError(f"the buffer for {name!r} has {buffer.nbytes} bytes, not {size}")
         self.name = name
         self.size = size
         self.pages = size // PAGE_SIZE
-        self.mapping = MemfdMapping(f"dirtylog-{name}", size)
+        self.mapping = MemfdMapping(f"dirtylog-{name}", size) if buffer is None else BufferMapping(buffer)
         self.dirty = DirtyMemory(self.pages)
 
     @property

@@ -2,6 +2,7 @@
 
 import threading
 from enum import IntFlag
+from typing import Final
 
 from dirtylog.errors import UsageError
 from dirtylog.memory.bitmap import PageBitmap, Words
@@ -16,6 +17,9 @@ class Client(IntFlag):
     MIGRATION = 4
 
 
+NOBODY: Final = Client(0)
+
+
 class DirtyMemory:
     """One page bitmap per client for the pages of one RAM block, all dirty at first.
 
@@ -26,13 +30,17 @@ class DirtyMemory:
         self.pages = pages
         self._lock = threading.Lock()
         self._bitmaps = {client: PageBitmap(pages) for client in Client}
+        # Operations on flags take several times as long as on numbers, and each write by the host comes here.
+        self._by_bit = [(int(client), bitmap) for client, bitmap in self._bitmaps.items()]
         self.mark(0, pages, ~Client(0))
 
     def mark(self, first: int, count: int, clients: Client) -> None:
         """Set a range of pages dirty for some clients."""
+        wanted = int(clients)
         with self._lock:
-            for client in clients:
-                self._bitmaps[client].set(first, count)
+            for bit, bitmap in self._by_bit:
+                if bit & wanted:
+                    bitmap.set(first, count)
 
     def merge(self, words: Words, first: int, count: int, clients: Client) -> None:
         """Set the pages of a range dirty whose bit in ``words`` (bit 0 is ``first``) is 1."""
@@ -40,10 +48,10 @@ class DirtyMemory:
             for client in clients:
                 self._bitmaps[client].merge(words, first, count)
 
-    def count(self, client: Client) -> int:
-        """How many pages are dirty for one client."""
+    def count(self, client: Client, first: int = 0, count: int | None = None) -> int:
+        """How many pages of a range, of all pages by default, are dirty for one client."""
         with self._lock:
-            return self._bitmaps[_one(client)].count()
+            return self._bitmaps[_one(client)].count(first, count)
 
     def any(self, first: int, count: int, client: Client) -> bool:
         """Whether any page of a range is dirty for one client."""

@@ -1,17 +1,24 @@
 """One machine's memory: its address spaces, its listeners, and why writes are logged."""
 
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import IntFlag
 
 from dirtylog.errors import UsageError
+from dirtylog.memory.access import MemoryRegionOps
 from dirtylog.memory.address_space import AddressSpace
 from dirtylog.memory.block import RAMBlock
-from dirtylog.memory.flatview import ADDRESS_SPACE_SIZE, FlatRange, FlatView, diff
+from dirtylog.memory.description import MemoryDescription, describe
+from dirtylog.memory.dirty import NOBODY, Client
+from dirtylog.memory.eventfd import CoalescedRange, visible_eventfds
+from dirtylog.memory.flatview import ADDRESS_SPACE_SIZE, FlatView, flat_root, render
 from dirtylog.memory.listener import MemoryListener, offers
-from dirtylog.memory.region import MemoryRegion
+from dirtylog.memory.listeners import Listeners
+from dirtylog.memory.lock import TopologyLock
+from dirtylog.memory.region import MemoryRegion, check_offset, check_size
 from dirtylog.memory.section import MemoryRegionSection
+from dirtylog.memory.topology import replay, replay_removal, tell_coalescing, tell_eventfds, tell_view
+from dirtylog.units import PAGE_SIZE, align_up
 
 
 class TrackingReason(IntFlag):
@@ -32,17 +39,24 @@ class Memory:
     Attributes:
         blocks: the RAM blocks by name, in the order they were made.
         tracking: why all RAM is logged; empty when it is not.
+        code_client: whether translated code is kept of this memory, so that the code client logs all of it.
+        flush: delivers coalesced writes; called before changes and before what else must see them delivered.
     """
 
     def __init__(self) -> None:
         self.blocks: dict[str, RAMBlock] = {}
         self.tracking = TrackingReason(0)
+        self.flush: Callable[[], None] | None = None
+        self._code_client = False
         self._regions: list[MemoryRegion] = []
         self._address_spaces: list[AddressSpace] = []
-        self._listeners: list[tuple[MemoryListener, AddressSpace]] = []
-        self._lock = threading.RLock()
+        self._listeners = Listeners()
+        self._lock = TopologyLock()
         self._depth = 0
-        self._pending = False
+        self._topology_pending = False
+        self._eventfds_pending = False
+        self._running = True
+        self._postponed = TrackingReason(0)
 
     def close(self) -> None:
         """Give up all blocks; idempotent. Machines that use them are closed first."""
@@ -50,38 +64,63 @@ class Memory:
             for block in self.blocks.values():
                 block.close()
 
-    def ram(self, name: str, size: int) -> MemoryRegion:
-        """A RAM region with a new block of the same name.
+    def ram(self, name: str, size: int, *, buffer: memoryview | None = None) -> MemoryRegion:
+        """A RAM region with a new block of the same name: memory of its own, or a caller's buffer.
 
         Raises:
-            UsageError: the name is taken, or the size is not a positive whole number of pages.
+            UsageError: the name is taken, the size is not a positive whole number of pages, or the buffer is not
+                writable, contiguous, page-aligned memory of that size.
             HostError: the host cannot map that much.
         """
+        return self._with_block(name, RAMBlock(name, size, buffer), readonly=False, ops=None)
+
+    def rom(self, name: str, content: bytes) -> MemoryRegion:
+        """A region of memory that is not to be written; its last page is filled up with zeros."""
+        return self._with_block(name, _filled(name, content), readonly=True, ops=None)
+
+    def rom_device(self, name: str, content: bytes, ops: MemoryRegionOps) -> MemoryRegion:
+        """A region that reads as memory, and whose writes go to callbacks; reads too while it is trapped."""
+        return self._with_block(name, _filled(name, content), readonly=False, ops=ops)
+
+    def mmio(self, name: str, size: int, ops: MemoryRegionOps) -> MemoryRegion:
+        """A region whose accesses go to callbacks."""
+        check_size(name, size)
+        return MemoryRegion(self, name, size, ops=ops)
+
+    def reservation(self, name: str, size: int) -> MemoryRegion:
+        """A region that claims its addresses, and answers nothing."""
+        check_size(name, size)
+        return MemoryRegion(self, name, size, reserved=True)
+
+    def container(self, name: str, size: int = ADDRESS_SPACE_SIZE) -> MemoryRegion:
+        """A region that only holds others."""
+        check_size(name, size)
+        return MemoryRegion(self, name, size)
+
+    def alias(self, name: str, target: MemoryRegion, offset: int, size: int) -> MemoryRegion:
+        """A region that shows ``size`` bytes of another from ``offset``; past the other's end it shows nothing.
+
+        Raises:
+            UsageError: the target belongs to another memory, or a number is out of range.
+        """
+        if target.memory is not self:
+            raise UsageError(f"{target!r} belongs to another memory")
+        check_size(name, size)
+        check_offset(name, offset)
+        return MemoryRegion(self, name, size, target=target, target_offset=offset)
+
+    def _with_block(self, name: str, block: RAMBlock, *, readonly: bool, ops: MemoryRegionOps | None) -> MemoryRegion:
         with self._lock:
             if name in self.blocks:
+                block.close()
                 raise UsageError(f"there is a RAM block named {name!r} already")
-            block = RAMBlock(name, size)
-            region = MemoryRegion(self, name, size, block=block)
+            region = MemoryRegion(self, name, block.size, block=block, readonly=readonly, ops=ops)
             self.blocks[name] = block
             self._regions.append(region)
             return region
 
-    def container(self, name: str, size: int = ADDRESS_SPACE_SIZE) -> MemoryRegion:
-        """A region that only holds others."""
-        if not 0 < size <= ADDRESS_SPACE_SIZE:
-            raise UsageError(f"a container of {size} bytes")
-        return MemoryRegion(self, name, size)
-
-    def alias(self, name: str, target: MemoryRegion, offset: int, size: int) -> MemoryRegion:
-        """A region that shows ``size`` bytes of another from ``offset``."""
-        if target.memory is not self:
-            raise UsageError(f"{target!r} belongs to another memory")
-        if not 0 <= offset < ADDRESS_SPACE_SIZE or not 0 < size <= ADDRESS_SPACE_SIZE:
-            raise UsageError(f"an alias of {size} bytes at {offset:#x} of {target!r}")
-        return MemoryRegion(self, name, size, target=target, target_offset=offset)
-
     def address_space(self, name: str, root: MemoryRegion) -> AddressSpace:
-        """A new address space that shows ``root``."""
+        """A new address space that shows ``root`` at address 0."""
         if root.memory is not self:
             raise UsageError(f"{root!r} belongs to another memory")
         with self.transaction():
@@ -90,70 +129,121 @@ class Memory:
             self.topology_changed()
             return space
 
+    def remove_address_space(self, space: AddressSpace) -> None:
+        """Show nothing there any more: its listeners hear that all is gone, and are let go. Idempotent."""
+        if space not in self._address_spaces:
+            return
+        with self.transaction():
+            space.root = None
+            self.topology_changed()
+        with self._lock:
+            for listener in self._listeners.forward(space):
+                self.unregister(listener)
+            self._address_spaces.remove(space)
+            space.view = FlatView()
+
+    @property
+    def address_spaces(self) -> tuple[AddressSpace, ...]:
+        """All address spaces, in the order they were made."""
+        return tuple(self._address_spaces)
+
     @property
     def ram_regions(self) -> tuple[MemoryRegion, ...]:
-        """All RAM regions, in the order they were made."""
+        """All regions with a block, in the order they were made."""
         return tuple(self._regions)
+
+    def is_wanted(self, reason: TrackingReason) -> bool:
+        """Whether logging was started for a reason and not stopped, not even a stop that is postponed."""
+        return reason in self.tracking & ~self._postponed
+
+    @property
+    def global_clients(self) -> Client:
+        """The clients that log every region with a block."""
+        clients = Client.MIGRATION if self.tracking else NOBODY
+        return clients | Client.CODE if self._code_client else clients
+
+    def describe(self) -> MemoryDescription:
+        """What there is, where it is shown, what is logged and how much of it is dirty."""
+        with self._lock:
+            return describe(self)
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
-        """Group changes. Listeners hear of them once, when the outermost transaction ends."""
+        """Group changes. Listeners hear of them once, when the outermost transaction ends.
+
+        Raises:
+            UsageError: inside a listener's callback.
+            Exception: what a listener's callback raised; the change was made, and the others heard of it.
+        """
+        self.flush_coalesced()
         with self._lock:
+            self._listeners.check_may_change()
             self._depth += 1
             try:
                 yield
             finally:
                 self._depth -= 1
-                if self._depth == 0 and self._pending:
+                if self._depth == 0:
                     self._commit()
+
+    def flush_coalesced(self) -> None:
+        """Have coalesced writes delivered, unless this thread is in the midst of a change.
+
+        Delivery waits for devices' callbacks, and these may wait to change the memory: nobody may hold its lock then.
+        """
+        if self.flush is not None and not self._lock.mine:
+            self.flush()
 
     def topology_changed(self) -> None:
         """Have the current transaction end with a commit. For regions; others have no use for it."""
+        self._check_in_transaction()
+        self._topology_pending = True
+
+    def eventfds_changed(self) -> None:
+        """Have the current transaction end with telling of eventfds. For regions."""
+        self._check_in_transaction()
+        self._eventfds_pending = True
+
+    def coalescing_changed(self, region: MemoryRegion, part: CoalescedRange, *, added: bool) -> None:
+        """Tell of a coalesced part that came or went. For regions."""
+        self._check_in_transaction()
+        with self._listeners.telling():
+            tell_coalescing(self._listeners, self._address_spaces, region, part, added=added)
+
+    def _check_in_transaction(self) -> None:
         if not self._depth:
-            raise UsageError("topology changes outside a transaction")
-        self._pending = True
+            raise UsageError("memory is changed outside a transaction", remedy="use 'with memory.transaction():'")
 
     def _commit(self) -> None:
-        views = [(space, space.render()) for space in self._address_spaces]
-        for listener in self._forward():
-            listener.begin()
+        topology, eventfds = self._topology_pending, self._eventfds_pending
+        self._topology_pending = self._eventfds_pending = False
+        with self._listeners.telling():
+            if topology:
+                self._commit_topology()
+            elif eventfds:
+                for space in self._address_spaces:
+                    tell_eventfds(self._listeners, space)
+
+    def _commit_topology(self) -> None:
+        views = self._render()
+        for listener in self._listeners.forward():
+            self._listeners.tell(listener, listener.begin)
         for space, view in views:
-            self._update(space, view)
-        # Cleared before the commit callbacks: one of them may end a transaction of its own.
-        self._pending = False
-        for listener in self._forward():
-            listener.commit()
+            tell_view(self._listeners, space, view)
+            tell_eventfds(self._listeners, space)
+        for listener in self._listeners.forward():
+            self._listeners.tell(listener, listener.commit)
 
-    def _update(self, space: AddressSpace, view: FlatView) -> None:
-        """Tell one address space's listeners how its view changes: all removals first, then the rest, ascending."""
-        changes = diff(space.view, view)
-        forward, reverse = self._forward(space), self._forward(space)[::-1]
-        for flat in changes.removed:
-            for listener in reverse:
-                listener.region_del(space.section(flat))
-        told: list[tuple[FlatRange, FlatRange | None]] = [(new, old) for old, new in changes.kept]
-        told += [(flat, None) for flat in changes.added]
-        for flat, old in sorted(told, key=lambda pair: pair[0].start):
-            section = space.section(flat)
-            for listener in forward:
-                if old is None:
-                    listener.region_add(section)
-                else:
-                    listener.region_nop(section)
-            if old is not None:
-                self._tell_logging(section, old, flat, forward)
-        space.view = view
-
-    @staticmethod
-    def _tell_logging(
-        section: MemoryRegionSection, old: FlatRange, new: FlatRange, forward: list[MemoryListener]
-    ) -> None:
-        if new.logging & ~old.logging:
-            for listener in forward:
-                listener.log_start(section, old.logging, new.logging)
-        if old.logging & ~new.logging:
-            for listener in reversed(forward):
-                listener.log_stop(section, old.logging, new.logging)
+    def _render(self) -> list[tuple[AddressSpace, FlatView]]:
+        """The view of each address space now. Those that show the same share one."""
+        shared: dict[int, FlatView] = {}
+        views = []
+        for space in self._address_spaces:
+            root = None if space.root is None else flat_root(space.root)
+            if id(root) not in shared:
+                shared[id(root)] = render(root)
+            views.append((space, shared[id(root)]))
+        return views
 
     def register(self, listener: MemoryListener, space: AddressSpace) -> None:
         """Have a listener follow an address space, starting with all that is there now.
@@ -161,80 +251,129 @@ class Memory:
         Raises:
             UsageError: it follows one already, overrides both `log_sync` and `log_sync_global`, or the address space
                 belongs to another memory.
+            Exception: a callback raised it; the listener is not registered, and was told that all is gone again.
         """
-        if space.memory is not self:
-            raise UsageError(f"the address space {space.name!r} belongs to another memory")
+        if space.memory is not self or space not in self._address_spaces:
+            raise UsageError(f"{space!r} belongs to another memory, or was removed")
         if offers(listener, "log_sync") and offers(listener, "log_sync_global"):
             raise UsageError(f"{type(listener).__name__} offers both log_sync and log_sync_global")
         with self._lock:
-            if any(known is listener for known, _ in self._listeners):
+            self._listeners.check_may_change()
+            if listener in self._listeners:
                 raise UsageError(f"{type(listener).__name__} is registered already")
-            listener.begin()
-            if self.tracking:
-                listener.log_global_start()
-            for flat in space.view.ranges:
-                section = space.section(flat)
-                listener.region_add(section)
-                if flat.logging:
-                    listener.log_start(section, type(flat.logging)(0), flat.logging)
-            listener.commit()
-            place = (n for n, (known, _) in enumerate(self._listeners) if known.priority > listener.priority)
-            self._listeners.insert(next(place, len(self._listeners)), (listener, space))
+            if not self._listeners.want_eventfds(space):
+                space.eventfds = dict(visible_eventfds(space.view))
+            with self._listeners.telling():
+                replay(self._listeners, listener, space, tracking=bool(self.tracking))
+                if self._listeners.failed:
+                    replay_removal(self._listeners, listener, space)
+            self._listeners.add(listener, space)
 
     def unregister(self, listener: MemoryListener) -> None:
         """Let a listener go, after telling it that all is gone; idempotent."""
         with self._lock:
-            entry = next((entry for entry in self._listeners if entry[0] is listener), None)
-            if entry is None:
+            self._listeners.check_may_change()
+            space = self._listeners.space_of(listener)
+            if space is None:
                 return
-            space = entry[1]
-            listener.begin()
-            for flat in space.view.ranges:
-                section = space.section(flat)
-                if flat.logging:
-                    listener.log_stop(section, flat.logging, type(flat.logging)(0))
-                listener.region_del(section)
-            listener.commit()
-            self._listeners.remove(entry)
+            self._listeners.remove(listener)
+            with self._listeners.telling():
+                replay_removal(self._listeners, listener, space)
+
+    def set_code_client(self, on: bool) -> None:
+        """Log all memory for the code client: for machines that keep translations of what they run."""
+        with self.transaction():
+            if on is not self._code_client:
+                self._code_client = on
+                self.topology_changed()
 
     def start_logging(self, reason: TrackingReason) -> None:
         """Log writes to all migratable RAM; each reason counts once.
 
-        If a listener cannot, those told before it are told to stop, and its error is raised.
+        If a listener cannot, those told before it are told to stop, its error is raised, and nothing is logged for
+        this reason.
 
         Raises:
-            UsageError: no reason was given.
+            UsageError: no reason was given, or a transaction is open.
         """
         if not reason:
             raise UsageError("memory cannot be logged without a reason")
+        self.flush_coalesced()
         with self._lock:
-            if not self.tracking:
-                started: list[MemoryListener] = []
-                for listener in self._forward():
-                    try:
-                        listener.log_global_start()
-                    except BaseException:
-                        for earlier in reversed(started):
-                            earlier.log_global_stop()
-                        raise
-                    started.append(listener)
-            self._set_tracking(self.tracking | reason)
+            self._check_no_transaction()
+            self._stop_postponed(keep=reason)
+            before = self.tracking
+            if not before:
+                self._start_globally()
+            try:
+                self._set_tracking(before | reason)
+            except BaseException:
+                self._reduce_tracking(before)
+                raise
+
+    def _start_globally(self) -> None:
+        started: list[MemoryListener] = []
+        with self._listeners.telling():
+            for listener in self._listeners.forward():
+                try:
+                    listener.log_global_start()
+                except BaseException:
+                    for earlier in reversed(started):
+                        self._listeners.tell(earlier, earlier.log_global_stop)
+                    raise
+                started.append(listener)
 
     def stop_logging(self, reason: TrackingReason) -> None:
         """Take a reason back; writes are logged until the last one is gone.
 
+        While the machine stands still, that waits until it runs again or logging is started anew: nothing is written
+        meanwhile, and stopping costs time that a switchover does not have.
+
         Raises:
-            UsageError: that reason was not given.
+            UsageError: that reason was not given, or a transaction is open.
         """
         if not reason:
             raise UsageError("logging cannot be stopped without a reason to take back")
+        self.flush_coalesced()
         with self._lock:
-            if reason & ~self.tracking:
+            self._check_no_transaction()
+            if reason & ~self.tracking or reason & self._postponed:
                 raise UsageError(f"memory is not logged for {reason!r}")
-            self._set_tracking(self.tracking & ~reason)
+            self._postponed |= reason
+            if self._running:
+                self._stop_postponed()
+
+    def set_running(self, running: bool) -> None:
+        """Say whether the machine runs. For machines."""
+        with self._lock:
+            self._running = running
+            if running:
+                self._stop_postponed()
+
+    def _stop_postponed(self, keep: TrackingReason | None = None) -> None:
+        reason, self._postponed = self._postponed, TrackingReason(0)
+        if keep is not None:
+            reason &= ~keep
+        if reason:
+            self._reduce_tracking(self.tracking & ~reason)
+
+    def _reduce_tracking(self, tracking: TrackingReason) -> None:
+        try:
+            self._set_tracking(tracking)
+        finally:
             if not self.tracking:
-                for listener in reversed(self._forward()):
-                    listener.log_global_stop()
+                self._stop_globally()
+
+    def _stop_globally(self) -> None:
+        with self._listeners.telling():
+            for listener in reversed(self._listeners.forward()):
+                self._listeners.tell(listener, listener.log_global_stop)
+
+    def _check_no_transaction(self) -> None:
+        """Sections' log_start and log_stop come with a commit, in between what is told of the whole (T6)."""
+        self._listeners.check_may_change()
+        if self._depth:
+            raise UsageError("logging cannot be started or stopped inside a transaction", remedy="end it first")
 
     def _set_tracking(self, tracking: TrackingReason) -> None:
         with self.transaction():
@@ -245,41 +384,42 @@ class Memory:
 
     def sync_dirty_log(self, region: MemoryRegion | None = None, *, last_stage: bool = False) -> None:
         """Have every tracker merge what was written into the bitmaps of all clients that log; of one region, or all."""
-        with self._lock:
-            for listener, space in self._listeners:
-                if offers(listener, "log_sync_global"):
-                    listener.log_sync_global(last_stage)
-                elif offers(listener, "log_sync"):
-                    self._each_logged(space, region, listener.log_sync)
+        with self._lock, self._listeners.telling():
+            for listener, _ in self._listeners.offering("log_sync_global"):
+                listener.log_sync_global(last_stage)
+            for listener, space in self._listeners.offering("log_sync"):
+                for section in _logged(space, region):
+                    listener.log_sync(section)
 
     def after_sync(self) -> None:
         """Tell all that bits were copied out and page contents are read next."""
-        with self._lock:
-            for listener in self._forward():
+        with self._lock, self._listeners.telling():
+            for listener in self._listeners.forward():
                 listener.log_global_after_sync()
 
     def clear_dirty_bitmap(self, region: MemoryRegion, offset: int, size: int) -> None:
         """See `MemoryRegion.clear_dirty_bitmap`."""
-        with self._lock:
-            for listener, space in self._listeners:
-                if offers(listener, "log_clear"):
-                    self._each_logged(space, region, listener.log_clear, offset, offset + size)
+        with self._lock, self._listeners.telling():
+            for listener, space in self._listeners.offering("log_clear"):
+                for section in _logged(space, region, offset, offset + size):
+                    listener.log_clear(section)
 
-    @staticmethod
-    def _each_logged(
-        space: AddressSpace,
-        region: MemoryRegion | None,
-        tell: Callable[[MemoryRegionSection], None],
-        low: int = 0,
-        high: int = ADDRESS_SPACE_SIZE,
-    ) -> None:
-        """Tell of each visible, logged piece of [low, high) of a region; of every region if None."""
-        for flat in space.view.ranges:
-            if not flat.logging or (region is not None and flat.region is not region):
-                continue
-            start, end = max(flat.offset, low), min(flat.offset + flat.size, high)
-            if start < end:
-                tell(MemoryRegionSection(flat.region, space, start, flat.start + start - flat.offset, end - start))
 
-    def _forward(self, space: AddressSpace | None = None) -> list[MemoryListener]:
-        return [listener for listener, followed in self._listeners if space is None or followed is space]
+def _logged(
+    space: AddressSpace, region: MemoryRegion | None, low: int = 0, high: int = ADDRESS_SPACE_SIZE
+) -> Iterator[MemoryRegionSection]:
+    """Each visible, logged piece of [low, high) of a region; of every region if None."""
+    for flat in space.view.ranges:
+        if not flat.logging or (region is not None and flat.region is not region):
+            continue
+        start, end = max(flat.offset, low), min(flat.offset + flat.size, high)
+        if start < end:
+            yield space.piece(flat, flat.start + start - flat.offset, end - start)
+
+
+def _filled(name: str, content: bytes) -> RAMBlock:
+    if not content:
+        raise UsageError(f"the ROM {name!r} is empty")
+    block = RAMBlock(name, align_up(len(content), PAGE_SIZE))
+    block.memory[: len(content)] = content
+    return block

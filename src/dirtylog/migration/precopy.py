@@ -59,7 +59,7 @@ class Precopy:
         Raises:
             UsageError: the memory is logged for a migration already, whose pages this one would take.
         """
-        if TrackingReason.MIGRATION in self._memory.tracking:
+        if self._memory.is_wanted(TrackingReason.MIGRATION):
             raise UsageError("the memory is logged for another migration", remedy="wait for its end, or cancel it")
         self._memory.start_logging(TrackingReason.MIGRATION)
         self._logging = True

@@ -65,9 +65,10 @@ class KVMLogTracker:
         gpa: where in guest physical memory.
         pages: how many.
         hva: where the memory is in this process; it must stay mapped until `remove`.
+        readonly: whether the guest's writes come out as MMIO exits.
     """
 
-    def __init__(self, vm: VM, mode: KVMLogMode, *, slot: int, gpa: int, pages: int, hva: int) -> None:
+    def __init__(self, vm: VM, mode: KVMLogMode, *, slot: int, gpa: int, pages: int, hva: int, readonly: bool) -> None:
         self._vm = vm
         self._mode = mode
         self._gpa = gpa
@@ -75,6 +76,7 @@ class KVMLogTracker:
         self._size = pages * PAGE_SIZE
         self.slot = slot
         self._pages = pages
+        self._fixed = MemorySlotFlag.READONLY if readonly else MemorySlotFlag(0)
         self._set(MemorySlotFlag(0))
 
     @property
@@ -104,4 +106,4 @@ class KVMLogTracker:
         self._vm.set_memory_region(self.slot, 0, self._gpa, 0, self._hva)
 
     def _set(self, flags: MemorySlotFlag) -> None:
-        self._vm.set_memory_region(self.slot, flags, self._gpa, self._size, self._hva)
+        self._vm.set_memory_region(self.slot, flags | self._fixed, self._gpa, self._size, self._hva)

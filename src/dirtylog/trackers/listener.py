@@ -11,9 +11,11 @@ Pages that are collected but never cleared are reported again by every collect, 
 
 import threading
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 
+from dirtylog.errors import DirtylogError
 from dirtylog.memory import Client, MemoryListener, MemoryRegionSection, PageBitmap
 from dirtylog.trackers.tracker import Tracker, clear_window
 from dirtylog.units import PAGE_SIZE, page_span
@@ -22,6 +24,8 @@ Attach = Callable[[MemoryRegionSection], Tracker | None]
 """Makes a section's memory accessible to whoever writes it, and gives its tracker; None for what is not tracked."""
 Detach = Callable[[Tracker], None]
 """The reverse; the tracker is disarmed already."""
+Hold = Callable[[], AbstractContextManager[object]]
+"""Keeps writers from what is being changed while the context is entered."""
 
 
 class _Range:
@@ -29,6 +33,7 @@ class _Range:
 
     def __init__(self, section: MemoryRegionSection, tracker: Tracker) -> None:
         self.region = section.region
+        self.address = section.offset_within_address_space
         self.first = section.offset_within_region // PAGE_SIZE
         self.tracker = tracker
         self.collected = PageBitmap(tracker.pages)
@@ -46,10 +51,12 @@ class _Range:
 
     def disarm(self) -> None:
         if self.armed:
-            if self.region.logging:  # it is the mapping or the listener that goes away
-                self.sync()
-            self.armed = False
-            self.tracker.disarm()
+            try:
+                if self.region.logging:  # it is the mapping that goes away
+                    self.sync()
+            finally:
+                self.armed = False
+                self.tracker.disarm()
 
     def sync(self) -> None:
         if self.armed:
@@ -80,34 +87,75 @@ class TrackerListener(MemoryListener):
 
     Its lock covers each tracker call together with the cache and the merge, so that a clear never comes between a
     collect and its bookkeeping.
+
+    What a commit removes and adds is done at its end, removals first. Writers are held meanwhile where an address is in
+    both, since they would find nothing there in between, and where something logged goes, since what they wrote between
+    its last collect and its end would be known to nobody.
+
+    Args:
+        attach: see `Attach`. Sections are cut to whole pages before.
+        detach: see `Detach`.
+        hold: keeps writers out while it is entered.
     """
 
     priority = 10
 
-    def __init__(self, attach: Attach, detach: Detach) -> None:
+    def __init__(self, attach: Attach, detach: Detach, hold: Hold = nullcontext) -> None:
         self._attach = attach
         self._detach = detach
+        self._hold = hold
         self._lock = threading.Lock()
         self._ranges: dict[int, _Range] = {}
+        self._going: list[MemoryRegionSection] = []
+        self._coming: list[MemoryRegionSection] = []
 
     def region_add(self, section: MemoryRegionSection) -> None:
-        """Attach a tracker, armed if the region is logged already."""
-        tracker = self._attach(section)
-        if tracker is None:
-            return
-        with self._lock:
-            added = self._ranges[section.offset_within_address_space] = _Range(section, tracker)
-            if section.region.logging:
-                added.arm()
+        """Note it for the end of the commit."""
+        self._coming.append(section)
 
     def region_del(self, section: MemoryRegionSection) -> None:
-        """Collect for the last time (D6), then detach."""
+        """Note it for the end of the commit."""
+        self._going.append(section)
+
+    def commit(self) -> None:
+        """Collect from what goes for the last time (D6) and detach it, then attach what comes.
+
+        Raises:
+            DirtylogError: what went wrong first; all other sections were detached and attached.
+        """
+        going, self._going = self._going, []
+        coming, self._coming = self._coming, []
+        logged = any(section.region.logging for section in going)
+        with self._hold() if logged or _overlap(going, coming) else nullcontext():
+            errors = [error for section in going if (error := self._try(self._remove, section)) is not None]
+            errors += [error for section in coming if (error := self._try(self._add, section)) is not None]
+        if errors:
+            raise errors[0]
+
+    def _try(self, action: Callable[[MemoryRegionSection], None], section: MemoryRegionSection) -> DirtylogError | None:
+        try:
+            action(section)
+        except DirtylogError as error:
+            return error
+        return None
+
+    def _remove(self, section: MemoryRegionSection) -> None:
         with self._lock:
             gone = self._ranges.pop(section.offset_within_address_space, None)
-            if gone is None:
-                return
-            gone.disarm()
-            self._detach(gone.tracker)
+            if gone is not None:
+                try:
+                    gone.disarm()
+                finally:
+                    self._detach(gone.tracker)
+
+    def _add(self, section: MemoryRegionSection) -> None:
+        pages = section.whole_pages()
+        tracker = None if pages is None else self._attach(pages)
+        if pages is not None and tracker is not None:
+            with self._lock:
+                added = self._ranges[section.offset_within_address_space] = _Range(pages, tracker)
+                if section.region.logging:
+                    added.arm()
 
     def log_start(self, section: MemoryRegionSection, old: Client, new: Client) -> None:
         """Arm, if nobody logged before; else tell those who join of what was collected and not cleared."""
@@ -115,9 +163,9 @@ class TrackerListener(MemoryListener):
         self._with(section, _Range.arm)
 
     def log_stop(self, section: MemoryRegionSection, old: Client, new: Client) -> None:
-        """Disarm, after a last collect, if nobody logs any more."""
+        """Disarm, if nobody logs any more. If it is this listener that leaves, that waits for `commit`."""
         del old
-        if not new:
+        if not new and not section.region.logging:
             self._with(section, _Range.disarm)
 
     def log_sync(self, section: MemoryRegionSection) -> None:
@@ -139,11 +187,28 @@ class SplitTrackerListener(TrackerListener):
         first, count = page_span(section.offset_within_region, section.size)
         address = section.offset_within_address_space
         with self._lock:
-            for start, tracked in self._ranges.items():
-                if start < address + section.size and address < start + tracked.collected.pages * PAGE_SIZE:
+            for tracked in self._ranges.values():
+                end = tracked.address + tracked.collected.pages * PAGE_SIZE
+                if tracked.address < address + section.size and address < end:
                     tracked.clear(first, count)
 
 
-def tracker_listener(attach: Attach, detach: Detach, *, clears_on_collect: bool) -> TrackerListener:
+def tracker_listener(
+    attach: Attach, detach: Detach, hold: Hold = nullcontext, *, clears_on_collect: bool
+) -> TrackerListener:
     """The listener that suits a mechanism."""
-    return (TrackerListener if clears_on_collect else SplitTrackerListener)(attach, detach)
+    return (TrackerListener if clears_on_collect else SplitTrackerListener)(attach, detach, hold)
+
+
+def _overlap(going: list[MemoryRegionSection], coming: list[MemoryRegionSection]) -> bool:
+    """Whether any address is in both; each list ascends and has no overlaps of its own."""
+    left, right = iter(going), iter(coming)
+    one, other = next(left, None), next(right, None)
+    while one is not None and other is not None:
+        if one.offset_within_address_space + one.size <= other.offset_within_address_space:
+            one = next(left, None)
+        elif other.offset_within_address_space + other.size <= one.offset_within_address_space:
+            other = next(right, None)
+        else:
+            return True
+    return False

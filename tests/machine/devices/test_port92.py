@@ -6,19 +6,19 @@ from dirtylog.machine.devices.port92 import Port92
 
 def test_gate_is_open_and_remembers_what_was_written() -> None:
     device = Port92()
-    assert device.read(0x92) == 0x02
-    device.write(0x92, 0x00)
-    assert device.read(0x92) == 0x00
-    device.write(0x92, 0xFE)
-    assert device.read(0x92) == 0xFE
+    assert device.read(0, 1) == 0x02
+    device.write(0, 1, 0x00)
+    assert device.read(0, 1) == 0x00
+    device.write(0, 1, 0xFE)
+    assert device.read(0, 1) == 0xFE
 
 
 @pytest.mark.parametrize("value", [0x01, 0x03, 0xFF])
 def test_reset_ends_the_guest(value: int) -> None:
     device = Port92()
     with pytest.raises(GuestError, match="reset itself through port 0x92"):
-        device.write(0x92, value)
-    assert device.read(0x92) == value & 0xFE
+        device.write(0, 1, value)
+    assert device.read(0, 1) == value & 0xFE
 
 
 def test_state_moves_without_the_reset_bit() -> None:

@@ -1,93 +1,23 @@
 import struct
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import pytest
-from support.kvm import SerialOutput, make_flat, open_descriptors
+from support.kvm import make_flat, open_descriptors
+from support.running import CODE, FIRST, LAST, MakeRunning, Running
 from support.waiting import BOUND
 
-from dirtylog.errors import DirtylogError, GuestError, HostError, KernelError, UsageError
-from dirtylog.guests import dirtier
+from dirtylog.errors import ClosedError, DirtylogError, GuestError, HostError, KernelError, UsageError
 from dirtylog.linux.kvm import KVM, VCPU
 from dirtylog.linux.kvm_abi import Capability, ExitReason
-from dirtylog.machine import BootMode, KVMMachine, MachineState, RunState, boot_flat, boot_sector
+from dirtylog.machine import BootMode, KVMMachine, MachineState, RunState, boot_flat
 from dirtylog.machine.devices.port92 import Port92
 from dirtylog.machine.kvm.machine import LOW_RAM_LIMIT, RAM_NAME, pc_memory
 from dirtylog.machine.kvm.vcpu import VCPUThread
 from dirtylog.memory import Client, PageBitmap, TrackingReason
 from dirtylog.trackers import KVMLogMode
 from dirtylog.units import GIB, MIB, PAGE_SIZE
-
-FIRST, LAST = 1 * MIB, 2 * MIB
-"""What the dirtier writes in these tests: 256 pages, a few thousand rounds a second at least."""
-CODE = 0x10000
-
-
-class Running:
-    """A machine, and what it sends."""
-
-    def __init__(self, ram_size: int = 4 * MIB, **options: Any) -> None:
-        self.output = SerialOutput()
-        self.ended = threading.Event()
-        self.machine = KVMMachine(ram_size, transmit=self.output.take, **options)
-        self.machine.observers.append(self._observe)
-
-    def _observe(self, old: RunState, new: RunState) -> None:
-        if new in (RunState.SHUTDOWN, RunState.INTERNAL_ERROR):
-            self.ended.set()
-
-    def boot_dirtier(self) -> "Running":
-        boot_sector(self.machine, dirtier.build(FIRST, LAST))
-        return self
-
-    def start(self, code: str) -> "Running":
-        boot_flat(self.machine, bytes.fromhex(code), CODE, mode=BootMode.PROTECTED)
-        self.machine.resume()
-        return self
-
-    def wait_for_rounds(self, more: int = 2) -> None:
-        self.output.wait_for(len(self.output.data) + more)
-
-    def wait_until_both_sent(self) -> None:
-        while set(self.output.data) != set(b"12"):
-            self.wait_for_rounds(1)
-
-    @property
-    def rounds(self) -> int:
-        (rounds,) = struct.unpack("<Q", self.machine.system.read(dirtier.COUNTER_ADDRESS, 8))
-        return int(rounds)
-
-    def violation(self) -> str | None:
-        """What breaks the dirtier's page rule; the machine stands still."""
-        assert self.machine.system.read(dirtier.STARTED_ADDRESS, 4) == dirtier.STARTED
-        memory = np.frombuffer(self.machine.system.read(FIRST, LAST - FIRST), np.uint8)
-        return dirtier.check_pages(memory[::PAGE_SIZE], self.rounds)
-
-    def contents(self) -> bytes:
-        return self.machine.memory.blocks[RAM_NAME].array.tobytes()
-
-    def close(self) -> None:
-        self.machine.close()
-        self.machine.memory.close()
-
-
-@pytest.fixture
-def run(kvm: KVM) -> Iterator[Callable[..., Running]]:
-    """Makes machines; closes them."""
-    made: list[Running] = []
-
-    def make(*args: Any, **options: Any) -> Running:
-        made.append(Running(*args, **options))
-        return made[-1]
-
-    yield make
-    for running in made:
-        running.close()
-
-
-MakeRunning = Callable[..., Running]
 
 
 def test_paused_guest_writes_nothing_and_resumes_where_it_stood(run: MakeRunning) -> None:
@@ -262,10 +192,10 @@ def test_guest_that_ends_itself_while_it_is_being_paused_is_not_called_paused(
     at_the_port, being_paused = threading.Event(), threading.Event()
     write, wait_parked = Port92.write, VCPUThread.wait_parked
 
-    def slow_write(device: Port92, port: int, value: int) -> None:
+    def slow_write(device: Port92, offset: int, size: int, value: int) -> None:
         at_the_port.set()
         assert being_paused.wait(BOUND)
-        write(device, port, value)
+        write(device, offset, size, value)
 
     def watched_wait(thread: VCPUThread) -> None:
         being_paused.set()
@@ -413,6 +343,35 @@ def test_log_of_a_running_dirtier_has_its_pages_and_few_others(run: MakeRunning,
     pages = (LAST - FIRST) // PAGE_SIZE
     assert found.count(FIRST // PAGE_SIZE, pages) == pages
     assert found.count() <= pages + 8
+
+
+def test_running_machine_is_neither_saved_nor_loaded(run: MakeRunning) -> None:
+    machine = run().boot_dirtier().machine
+    state = machine.save_state()
+    machine.resume()
+    for call in (machine.save_state, lambda: machine.load_state(state)):
+        with pytest.raises(UsageError, match="the machine runs") as caught:
+            call()
+        assert caught.value.remedy == "pause it first"
+    machine.pause()
+    machine.load_state(state)
+
+
+@pytest.mark.parametrize("started", [True, False], ids=["running", "new"])
+def test_closed_machine_and_its_memory_refuse_what_they_are_asked(run: MakeRunning, started: bool) -> None:
+    guest = run().boot_dirtier()
+    if started:
+        guest.machine.resume()
+    guest.close()
+    calls: list[Callable[[], object]] = [
+        guest.machine.resume,
+        guest.machine.pause,
+        lambda: guest.system.read(0, 1),
+        lambda: guest.memory.blocks[RAM_NAME].array,
+    ]
+    for call in calls:
+        with pytest.raises(ClosedError):
+            call()
 
 
 @pytest.mark.parametrize("started", [True, False], ids=["running", "new"])

@@ -9,6 +9,7 @@ from dirtylog.errors import DirtylogError, GuestError, HostError
 from dirtylog.linux.kvm import KICK_SIGNAL, VCPU
 from dirtylog.linux.kvm_abi import ExitReason
 from dirtylog.machine.kvm import vcpu as vcpu_module
+from dirtylog.machine.kvm.gate import RunGate
 from dirtylog.machine.kvm.vcpu import VCPUThread
 
 
@@ -48,7 +49,8 @@ class Bench:
         self.raises: BaseException | None = None
         self.failures: list[DirtylogError] = []
         self.ended = threading.Event()
-        self.thread = VCPUThread(self.vcpu, "vcpu0", self._serve, self._end)
+        self.gate = RunGate()
+        self.thread = VCPUThread(self.vcpu, "vcpu0", self._serve, self._end, self.gate)
 
     def _serve(self, vcpu: VCPU, reason: int) -> None:
         assert (vcpu, reason) == (self.vcpu, ExitReason.IO)
@@ -91,6 +93,35 @@ def test_parked_thread_runs_no_more_until_it_is_told_again(bench: Bench) -> None
         bench.thread.request_park()
         bench.thread.wait_parked()
         assert bench.vcpu.runs == runs
+
+
+def test_vcpu_is_kept_out_by_the_gate_and_comes_back_when_it_opens(bench: Bench) -> None:
+    bench.thread.run()
+    assert bench.served.wait(BOUND)
+    for _ in range(20):
+        with bench.gate.closed(bench.thread.kick):
+            runs = bench.vcpu.runs
+            bench.served.clear()
+            assert bench.vcpu.runs == runs
+        assert bench.served.wait(BOUND)
+        bench.served.clear()
+        assert bench.served.wait(BOUND)
+
+
+def test_kick_of_a_parked_vcpu_does_nothing(bench: Bench) -> None:
+    bench.thread.wait_parked()
+    bench.thread.kick()
+    assert not bench.vcpu.asked.is_set()
+    assert bench.vcpu.runs == 0
+
+
+def test_defect_ends_the_guest_with_its_cause(bench: Bench) -> None:
+    bench.raises = ZeroDivisionError("oops")
+    bench.thread.run()
+    assert bench.ended.wait(BOUND)
+    (failure,) = bench.failures
+    assert str(failure) == "a defect in dirtylog stopped a vCPU: ZeroDivisionError('oops')"
+    assert failure.__cause__ is bench.raises
 
 
 def test_failure_parks_the_thread_and_is_told_once(bench: Bench) -> None:

@@ -3,32 +3,36 @@
 from typing import Final
 
 from dirtylog.errors import GuestError, UsageError
+from dirtylog.machine.devices.device import Device
+from dirtylog.memory import AccessSizes
 
 _FAST_RESET: Final = 0x01
 _A20: Final = 0x02
 
 
-class Port92:
+class Port92(Device):
     """Remembers the A20 gate, which is open from the start and has no effect; a fast reset ends the guest."""
 
     name = "port92"
-    ports = range(0x92, 0x93)
+    base = 0x92
+    size = 1
+    implemented = AccessSizes(1, 1)
 
     def __init__(self) -> None:
         self._value = _A20
 
-    def read(self, port: int) -> int:
+    def read(self, offset: int, size: int) -> int:
         """What was written last."""
-        del port
+        del offset, size
         return self._value
 
-    def write(self, port: int, value: int) -> None:
+    def write(self, offset: int, size: int, value: int) -> None:
         """Set the gate.
 
         Raises:
             GuestError: the guest wants to be reset.
         """
-        del port
+        del offset, size
         self._value = value & ~_FAST_RESET
         if value & _FAST_RESET:
             raise GuestError("the guest reset itself through port 0x92", remedy="start it again")

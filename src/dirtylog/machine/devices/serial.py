@@ -4,6 +4,8 @@ from collections.abc import Callable
 from typing import Final
 
 from dirtylog.errors import UsageError
+from dirtylog.machine.devices.device import Device
+from dirtylog.memory import AccessSizes
 
 COM1: Final = 0x3F8
 
@@ -24,7 +26,7 @@ _REGISTERS: Final = (
 )
 
 
-class Serial:
+class Serial(Device):
     """Registers of a 16550 (National Semiconductor PC16550D data sheet); bytes sent go to ``transmit`` at once.
 
     The line is always ready and nothing is ever received. It raises no interrupts.
@@ -34,16 +36,20 @@ class Serial:
         base: the first of its eight ports.
     """
 
+    size = 8
+    implemented = AccessSizes(1, 1)
+
     def __init__(self, transmit: Callable[[bytes], None], *, base: int = COM1, name: str = "serial0") -> None:
         self.name = name
-        self.ports = range(base, base + 8)
+        self.base = base
         self._transmit = transmit
         self._registers = dict.fromkeys(_REGISTERS, 0)
         self._registers["divisor_low"] = 12  # 9600 baud, as after reset
 
-    def read(self, port: int) -> int:
+    def read(self, offset: int, size: int) -> int:
         """The byte of a register."""
-        register = port - self.ports.start
+        del size
+        register = offset
         latched = self._registers["line_control"] & _DIVISOR_LATCH
         if register == _LINE_STATUS:
             return _TRANSMITTER_EMPTY
@@ -55,9 +61,10 @@ class Serial:
             return 0
         return self._registers[self._stored(register)]
 
-    def write(self, port: int, value: int) -> None:
+    def write(self, offset: int, size: int, value: int) -> None:
         """Set a register, or send a byte."""
-        register = port - self.ports.start
+        del size
+        register = offset
         if register in (_LINE_STATUS, _MODEM_STATUS):
             return
         if register == _DATA and not self._registers["line_control"] & _DIVISOR_LATCH:

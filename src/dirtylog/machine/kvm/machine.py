@@ -1,19 +1,22 @@
 """A PC-like guest under KVM."""
 
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack
 from typing import Final
 
-from dirtylog.errors import DirtylogError, GuestError, UsageError
+from dirtylog.errors import DirtylogError, GuestError, HostError, UsageError
 from dirtylog.linux.kvm import KVM, KVM_DEVICE, VCPU
-from dirtylog.linux.kvm_abi import ExitReason
+from dirtylog.linux.kvm_abi import Capability, ExitReason
+from dirtylog.machine.devices.device import Device
 from dirtylog.machine.devices.port92 import Port92
-from dirtylog.machine.devices.ports import PortBus, PortDevice
 from dirtylog.machine.devices.serial import Serial
+from dirtylog.machine.kvm.exits import ExitHandler
+from dirtylog.machine.kvm.gate import RunGate
+from dirtylog.machine.kvm.io import IOListener
 from dirtylog.machine.kvm.slots import MemorySlots
-from dirtylog.machine.kvm.vcpu import VCPUThread
+from dirtylog.machine.kvm.vcpu import VCPUThread, failure_from
 from dirtylog.machine.machine import Machine, MachineState, RunState
-from dirtylog.memory import AddressSpace, Memory
+from dirtylog.memory import AddressSpace, Memory, MemoryListener
 from dirtylog.trackers import KVMLogMode
 from dirtylog.trackers.kvm_log import choose_mode
 from dirtylog.units import GIB
@@ -21,6 +24,7 @@ from dirtylog.units import GIB
 RAM_NAME: Final = "pc.ram"
 LOW_RAM_LIMIT: Final = 3 * GIB
 """RAM beyond this is mapped from 4 GiB up; the interrupt controllers' registers are in between."""
+PORTS: Final = 1 << 16
 
 
 def pc_memory(ram_size: int) -> tuple[Memory, AddressSpace]:
@@ -50,7 +54,8 @@ class KVMMachine(Machine):
         device: where KVM is.
 
     Attributes:
-        system: what the guest's physical addresses mean.
+        system: what the guest's physical addresses mean. More may be mapped in its root.
+        ports: what the guest's port numbers mean. More may be mapped in its root.
         log_mode: how the dirty log behaves.
     """
 
@@ -68,28 +73,66 @@ class KVMMachine(Machine):
         if cpus < 1:
             raise UsageError(f"a machine of {cpus} vCPUs")
         self._cpus: list[VCPUThread] = []
+        self._listeners: tuple[MemoryListener, ...] = ()
         with ExitStack() as undo:
             self._kvm = undo.enter_context(KVM(device))
             self._vm = undo.enter_context(self._kvm.create_vm())
             memory, self.system = pc_memory(ram_size)
             super().__init__(memory)
             undo.callback(self.close)
-            self._ports = PortBus()
-            self._devices: tuple[PortDevice, ...] = (Serial(transmit or _discard), Port92())
-            for port_device in self._devices:
-                self._ports.attach(port_device)
             self.log_mode = choose_mode(self._vm, log_mode)
             self._vm.create_irqchip()
-            self._slots = MemorySlots(self._vm, self.log_mode).listener()
-            memory.register(self._slots, self.system)
+            self._devices: tuple[Device, ...] = (Serial(transmit or _discard), Port92())
+            self.ports = self._map_devices()
+            self._exits = ExitHandler(self.system, self.ports, self._coalesced_writes)
+            self._gate = RunGate()
+            self._follow()
             self._msr_indices = self._kvm.msr_indices()
             self._create_cpus(cpus)
             undo.pop_all()
 
+    def _map_devices(self) -> AddressSpace:
+        root = self.memory.container("io", PORTS)
+        for device in self._devices:
+            root.add(self.memory.mmio(device.name, device.size, device), device.base)
+        return self.memory.address_space("io", root)
+
+    def _follow(self) -> None:
+        """Have KVM do what the address spaces say."""
+        self._coalesced_page = self._vm.check(Capability.COALESCED_MMIO)
+        slots = MemorySlots(self._vm, self.log_mode).listener(self._vcpus_held)
+        memory_io, port_io = IOListener(self._vm, pio=False), IOListener(self._vm, pio=True)
+        for listener, space in ((slots, self.system), (memory_io, self.system), (port_io, self.ports)):
+            self.memory.register(listener, space)
+            self._listeners += (listener,)
+        self.memory.flush = self._flush
+
+    def _vcpus_held(self) -> AbstractContextManager[None]:
+        def kick() -> None:
+            for cpu in self._cpus:
+                cpu.kick()
+
+        return self._gate.closed(kick)
+
+    def _coalesced_writes(self) -> Iterator[tuple[bool, int, bytes]]:
+        if not self._cpus or not self._coalesced_page:
+            return iter(())
+        return self._cpus[0].vcpu.drain_coalesced(self._coalesced_page)
+
+    def _flush(self) -> None:
+        """Deliver the writes that were held back. What a device raises then ends the guest, as it does at an exit."""
+        try:
+            self._exits.flush()
+        except Exception as error:  # noqa: BLE001 - the caller has no part in it
+            self._guest_ended(failure_from(error))
+
     def _create_cpus(self, count: int) -> None:
+        limit = self._kvm.check(Capability.MAX_VCPUS)
+        if count > limit:
+            raise HostError(f"KVM runs at most {limit} vCPUs, not {count}", remedy="ask for fewer with --cpus")
         cpuid = self._kvm.supported_cpuid()
         for index in range(count):
-            cpu = VCPUThread(self._vm.create_vcpu(index), f"vcpu{index}", self._serve, self._guest_ended)
+            cpu = VCPUThread(self._vm.create_vcpu(index), f"vcpu{index}", self._serve, self._guest_ended, self._gate)
             self._cpus.append(cpu)
             cpu.vcpu.set_cpuid(cpuid)
 
@@ -105,8 +148,13 @@ class KVMMachine(Machine):
     def _stop(self) -> None:
         for cpu in self._cpus:
             cpu.request_park()
-        for cpu in self._cpus:
-            cpu.wait_parked()
+        try:
+            for cpu in self._cpus:
+                cpu.wait_parked()
+        except HostError:
+            self._run()  # the state stays running, so let it be true
+            raise
+        self._flush()
         # A vCPU that failed meanwhile cannot say so itself before this thread lets the state lock go.
         for cpu in self._cpus:
             if cpu.failure is not None:
@@ -114,11 +162,9 @@ class KVMMachine(Machine):
 
     def _serve(self, vcpu: VCPU, reason: int) -> None:
         if reason == ExitReason.IO:
-            io = vcpu.exit.io
-            self._ports.access(io.port, io.size, vcpu.io_data(), write=bool(io.direction))
+            self._exits.port_io(vcpu)
         elif reason == ExitReason.MMIO:
-            if not vcpu.exit.mmio.is_write:  # nobody answers: the bus floats high
-                vcpu.exit.mmio.data[:] = (0xFF,) * 8
+            self._exits.mmio(vcpu)
         elif reason == ExitReason.SHUTDOWN:
             raise GuestError("the guest shut down by a triple fault", remedy="look for a fault in the guest's code")
         else:
@@ -133,12 +179,15 @@ class KVMMachine(Machine):
 
     def save_state(self) -> MachineState:
         """Registers of vCPUs, interrupt controllers, timer, clock, devices."""
+        self._check_still()
+        self._flush()
         state = {f"cpu{n}": cpu.vcpu.save_state(self._msr_indices) for n, cpu in enumerate(self._cpus)}
         state["kvm"] = self._vm.save_state()
         return state | {device.name: device.save_state() for device in self._devices}
 
     def load_state(self, state: MachineState) -> None:
         """The reverse of `save_state`."""
+        self._check_still()
         names = {f"cpu{n}" for n in range(len(self._cpus))} | {"kvm"} | {device.name for device in self._devices}
         if state.keys() != names:
             odd = ", ".join(sorted(state.keys() ^ names))
@@ -154,11 +203,15 @@ class KVMMachine(Machine):
 
     def close(self) -> None:
         """End the vCPUs, give KVM and the memory up."""
+        self._closed = True
+        self.memory.flush = None
         for cpu in self._cpus:
             cpu.close()
-        self._vm.close()
-        self._kvm.close()
-        self.memory.close()
+        with ExitStack() as last_first:
+            for handle in (self.memory, self._kvm, self._vm):
+                last_first.callback(handle.close)
+            for listener in reversed(self._listeners):
+                last_first.callback(self.memory.unregister, listener)
 
 
 def _discard(data: bytes) -> None:

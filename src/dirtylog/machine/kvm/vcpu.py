@@ -9,6 +9,7 @@ from typing import Final
 from dirtylog.errors import DirtylogError, HostError
 from dirtylog.linux.kvm import KICK_SIGNAL, VCPU
 from dirtylog.linux.kvm_abi import ExitReason
+from dirtylog.machine.kvm.gate import RunGate
 
 PARK_TIMEOUT: Final = 5.0
 """Seconds until a vCPU that does not stop is reported. It takes microseconds; the rest is for a starved host."""
@@ -35,6 +36,7 @@ class VCPUThread:
         name: of the thread.
         serve: does what the guest asked for at an exit. A DirtylogError that it raises ends the guest.
         ended: told when `serve` or KVM failed, in the vCPU's thread, which is parked then.
+        gate: entered around KVM_RUN.
 
     Attributes:
         failure: what `ended` is told, known as soon as the vCPU stands still.
@@ -46,8 +48,10 @@ class VCPUThread:
         name: str,
         serve: Callable[[VCPU, int], None],
         ended: Callable[[DirtylogError], None],
+        gate: RunGate,
     ) -> None:
         self.vcpu = vcpu
+        self._gate = gate
         self._serve = serve
         self._ended = ended
         self._changed = threading.Condition()
@@ -61,6 +65,11 @@ class VCPUThread:
         """Let the vCPU run."""
         with self._changed:
             self._wish_for(_Wish.RUN)
+
+    def kick(self) -> None:
+        """Have the vCPU leave the guest, if it is there; unless told to stop, it comes back."""
+        with self._changed:
+            self._leave()
 
     def request_park(self) -> None:
         """Ask the vCPU to stop; `wait_parked` waits until it has. Ask all first, then wait for each."""
@@ -92,9 +101,12 @@ class VCPUThread:
     def _request(self, wish: _Wish) -> None:
         with self._changed:
             self._wish_for(wish)
-            if not self._parked and self._thread.ident is not None:
-                self.vcpu.request_exit(True)
-                signal.pthread_kill(self._thread.ident, KICK_SIGNAL)
+            self._leave()
+
+    def _leave(self) -> None:
+        if not self._parked and self._thread.ident is not None:
+            self.vcpu.request_exit(True)
+            signal.pthread_kill(self._thread.ident, KICK_SIGNAL)
 
     def _wish_for(self, wish: _Wish) -> None:
         if self._wish is not _Wish.QUIT:  # a close is final, whatever the guest or its machine still do
@@ -109,12 +121,8 @@ class VCPUThread:
         while self._wait_to_run():
             try:
                 self._run_until_kicked()
-            except DirtylogError as error:
-                self._fail(error)
             except Exception as error:  # noqa: BLE001 - a defect must end the machine, not leave it waiting for us
-                failure = DirtylogError(f"a defect in dirtylog stopped a vCPU: {error!r}")
-                failure.__cause__ = error
-                self._fail(failure)
+                self._fail(failure_from(error))
 
     def _fail(self, error: DirtylogError) -> None:
         with self._changed:
@@ -125,13 +133,16 @@ class VCPUThread:
 
     def _run_until_kicked(self) -> None:
         while True:
-            reason = self.vcpu.run()
+            with self._gate:
+                reason = self.vcpu.run()
             if reason != ExitReason.INTR:
                 self._serve(self.vcpu, reason)
                 continue
             signal.sigtimedwait((KICK_SIGNAL,), 0)
-            if self._wish is not _Wish.RUN:
-                return
+            with self._changed:
+                if self._wish is not _Wish.RUN:
+                    return
+                self.vcpu.request_exit(False)  # it was only to get out of somebody's way
 
     def _wait_to_run(self) -> bool:
         with self._changed:
@@ -146,3 +157,12 @@ class VCPUThread:
     def _set_parked(self) -> None:
         self._parked = True
         self._changed.notify_all()
+
+
+def failure_from(error: Exception) -> DirtylogError:
+    """What ends the guest after an exception in what serves it: itself, or, for a defect, one that says so."""
+    if isinstance(error, DirtylogError):
+        return error
+    failure = DirtylogError(f"a defect in dirtylog stopped a vCPU: {error!r}")
+    failure.__cause__ = error
+    return failure
