@@ -8,7 +8,7 @@ import subprocess
 import termios
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Final
 
@@ -19,7 +19,7 @@ from support.waiting import BOUND, Task, wait_until
 from dirtylog.cli.main import main
 from dirtylog.control.controller import Controller
 from dirtylog.control.qmp import QMPClient
-from dirtylog.errors import HostError
+from dirtylog.errors import DisconnectedError, HostError
 from dirtylog.guests.dirtier import build
 from dirtylog.linux.kvm import KVM
 from dirtylog.machine import KVMMachine
@@ -28,7 +28,7 @@ from dirtylog.trackers.kvm_log import choose_mode
 from dirtylog.units import MIB
 
 _SEND: Final = "b0 {0:02x} ee"  # mov al, CHARACTER; out dx, al
-_PORT: Final = {"real": "ba f8 03", "protected": "66 ba f8 03"}  # mov dx, 0x3f8
+_PORT: Final = {"real": "ba f8 03", "protected": "66 ba f8 03", "long": "66 ba f8 03"}  # mov dx, 0x3f8
 _HALT: Final = "f4 eb fd"  # hlt; jmp to it
 _AGAIN: Final = "ee eb fd"  # out dx, al; jmp to it
 _FAULT: Final = "0f 0b"  # ud2, and nobody handles it
@@ -84,12 +84,24 @@ class Here:
         return status
 
     def _look(self, look: Callable[[QMPClient], None]) -> None:
-        wait_until(lambda: self.qmp_path.exists() or self._ended.is_set(), "QMP is served")
-        with QMPClient(self.qmp_path) as client:
+        with self._connect() as client:
             try:
                 look(client)
             finally:
                 client.execute("quit")
+
+    def _connect(self) -> QMPClient:
+        """A client, as soon as somebody listens: the socket's file is there a moment before."""
+        clients: list[QMPClient] = []
+
+        def connected() -> bool:
+            with suppress(DisconnectedError):
+                clients.append(QMPClient(self.qmp_path))
+            return bool(clients)
+
+        wait_until(lambda: connected() or self._ended.is_set(), "QMP is served")
+        assert clients, "it ended before QMP was served"
+        return clients[0]
 
     @property
     def out(self) -> str:
@@ -118,8 +130,9 @@ class TestBoot:
             ("real", "f4" * 16, ["--load-address", "640K", "--entry", "655376"]),
             ("protected", "", ["--load-address", "2M", "--mode", "protected"]),
             ("protected", "f4" * 32, ["--load-address", "2M", "--entry", "2097184", "--mode", "protected"]),
+            ("long", "", ["--load-address", "2M", "--mode", "long"]),
         ],
-        ids=["real", "real-high-entry", "protected", "protected-entry"],
+        ids=["real", "real-high-entry", "protected", "protected-entry", "long"],
     )
     def test_flat_image_starts_where_and_how_it_is_told(
         self, flat: Callable[[bytes], str], here: Here, mode: str, before: str, options: list[str], capfd: Capture
@@ -335,7 +348,7 @@ class TestBadOptions:
             (["--memory", "1Z"], "'1Z' is not a size"),
             (["--cpus", "0"], "0 is not in the range"),
             (["--cpus", "256"], "256 is not in the range"),
-            (["--mode", "long"], "'long' is not one of 'real', 'protected'"),
+            (["--mode", "virtual"], "'virtual' is not one of 'real', 'protected', 'long'"),
             (["--dirty-log", "ring"], "'ring' is not one of 'legacy', 'manual', 'initially-set'"),
             (["--accel", "tcg"], "'tcg' is not"),
         ],

@@ -29,6 +29,8 @@ from dirtylog.control.qmp import CommandRegistry, QMPServer
 from dirtylog.control.qmp.messages import Success, encode
 from dirtylog.errors import DirtylogError, GuestError
 from dirtylog.machine import RunState
+from dirtylog.memory import Client, TrackingReason
+from dirtylog.memory.description import MemoryDescription
 from dirtylog.migration import (
     Listener,
     OutgoingMigration,
@@ -494,6 +496,34 @@ class TestPmemsave:
 
     def test_machine_without_physical_memory_is_refused(self, fake: Served) -> None:
         assert "has no physical memory" in str(fake.peer.refused("pmemsave", val=0, size=1, filename="x"))
+
+
+class TestQueryMemory:
+    def test_description_reads_back_as_it_was_made(self, served: Served) -> None:
+        answer = served.peer.execute("x-query-memory")
+        assert msgspec.convert(answer, MemoryDescription) == served.guest.memory.describe()
+        assert [space["name"] for space in answer["address_spaces"]] == [
+            space.name for space in served.guest.memory.address_spaces
+        ]
+        assert answer["tracking"] == []
+
+    def test_what_is_logged_and_dirty_is_told_while_the_guest_runs(self, served: Served) -> None:
+        memory = served.guest.memory
+        memory.start_logging(TrackingReason.MIGRATION)
+        for region in memory.ram_regions:
+            region.snapshot_and_clear_dirty(0, region.size, Client.MIGRATION)
+        served.peer.execute("cont")
+        wait_for_rounds(served.guest)
+        memory.sync_dirty_log()
+        answer = served.peer.execute("x-query-memory")
+        assert answer["tracking"] == ["migration"]
+        ranges = [part for part in answer["address_spaces"][0]["ranges"] if part["kind"] in ("ram", "rom")]
+        assert all(part["logging"] == ["migration"] for part in ranges)
+        assert sum(part["dirty"]["migration"] for part in ranges) > 0
+        memory.stop_logging(TrackingReason.MIGRATION)
+
+    def test_arguments_are_refused(self, fake: Served) -> None:
+        assert fake.peer.refused("x-query-memory", size=1).error_class == "GenericError"
 
 
 _SECONDS: Final = st.just(0.0) | st.floats(1e-9, 1e7)

@@ -23,6 +23,7 @@ COMMANDS: Final = {
     "run": "Run a boot image as a guest, or wait for one to arrive.",
     "migrate": "Move a running guest to another process.",
     "guest": "Write the boot image of the guest that dirties memory.",
+    "inspect": "Show a running machine's memory: regions, views, dirty pages.",
     "doctor": "Show what this host offers, what is missing, and how to get it.",
 }
 """Every subcommand with its line in the list; ``dirtylog.cli.NAME`` holds it as ``command`` and is loaded when used."""

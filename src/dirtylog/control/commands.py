@@ -124,6 +124,7 @@ class Commands:
         registry.add("migrate-set-parameters", MigrationParameters, self._set_parameters)
         registry.add("query-migrate-parameters", NoArguments, self._query_parameters)
         registry.add("query-migrate", NoArguments, self._query_migrate)
+        registry.add("x-query-memory", NoArguments, lambda _: self._machine.memory.describe())
         registry.add("pmemsave", PmemsaveArguments, self._pmemsave)
 
     def _quit(self) -> None:
