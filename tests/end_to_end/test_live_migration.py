@@ -1,3 +1,4 @@
+import re
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,6 +9,8 @@ import pytest
 from support.dirtier_runs import ENDLESS, Place
 from support.processes import Process, Run, dirtylog
 from support.waiting import wait_until
+
+from dirtylog.units import MIB
 
 pytestmark = pytest.mark.usefixtures("kvm")
 
@@ -185,3 +188,17 @@ def test_nobody_at_the_address_is_told_with_the_remedy(place: Place) -> None:
         )
         assert "dirtylog run --incoming" in migration.err
         place.check_runs_on(source)
+
+
+def test_each_process_needs_less_than_100_mib_beside_the_guests_ram(place: Place) -> None:
+    with _pair(place) as (source, destination):
+        with _migrate(place, _uri(destination)) as migration:
+            assert migration.wait() == 0, migration.err
+        for run in (source, destination):
+            assert _beside_guest_ram(run.pid) < 100 * MIB
+
+
+def _beside_guest_ram(pid: int) -> int:
+    """Resident bytes that are no shared memory: the guest's RAM is a memfd."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return sum(1024 * int(size) for size in re.findall(r"Rss(?:Anon|File):\s+(\d+) kB", status))

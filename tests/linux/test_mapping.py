@@ -1,3 +1,4 @@
+import ctypes
 import errno
 import os
 from collections.abc import Iterator
@@ -7,8 +8,9 @@ import pytest
 from support.kvm import open_descriptors
 
 from dirtylog.errors import ClosedError, HostError, KernelError, UsageError
+from dirtylog.linux import mapping as mapping_module
 from dirtylog.linux.mapping import MemfdMapping
-from dirtylog.units import MIB, PAGE_SIZE
+from dirtylog.units import HUGE_PAGE_SIZE, MIB, PAGE_SIZE
 
 
 @pytest.fixture
@@ -132,3 +134,42 @@ def test_exhausted_descriptors_are_a_kernel_error(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(os, "memfd_create", refuse)
     with pytest.raises(KernelError, match="memfd_create failed: Too many open files"):
         MemfdMapping("test", PAGE_SIZE)
+
+
+@pytest.fixture
+def large() -> Iterator[MemfdMapping]:
+    mapping = MemfdMapping("large", 2 * HUGE_PAGE_SIZE + PAGE_SIZE)
+    yield mapping
+    mapping.close()
+
+
+def test_mapping_starts_where_a_huge_page_could(large: MemfdMapping) -> None:
+    assert large.address % HUGE_PAGE_SIZE == 0
+
+
+def test_huge_page_reads_as_the_zeros_that_were_there(large: MemfdMapping) -> None:
+    huge = large.make_huge(HUGE_PAGE_SIZE)
+
+    pages = HUGE_PAGE_SIZE // PAGE_SIZE
+    # The kernel may have no huge page free, or offer none for shared memory: then the page that was touched is there.
+    assert allocated(large) == [(pages, 2 * pages if huge else pages + 1)]
+    assert not large.array.any()
+
+
+def test_part_of_a_huge_page_at_the_end_is_left_alone(large: MemfdMapping) -> None:
+    assert not large.make_huge(2 * HUGE_PAGE_SIZE)
+    assert allocated(large) == []
+
+
+def test_host_without_huge_pages_is_asked_once(large: MemfdMapping, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+
+    class Kernel:
+        def madvise(self, address: int, size: int, advice: int) -> int:
+            asked.append(advice)
+            ctypes.set_errno(errno.EINVAL)
+            return -1
+
+    monkeypatch.setattr(mapping_module, "_libc", Kernel())
+    assert [large.make_huge(start) for start in (0, HUGE_PAGE_SIZE)] == [False, False]
+    assert len(asked) == 1
