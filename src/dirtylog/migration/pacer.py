@@ -2,8 +2,13 @@
 
 import threading
 import time
+from collections.abc import Callable
+from typing import Final
 
 from dirtylog.errors import CancelledError
+
+_SLICE: Final = 0.1
+"""Seconds after which a wait asks for the rate again: it may have been raised, or lifted."""
 
 
 class Pacer:
@@ -11,20 +16,34 @@ class Pacer:
 
     Args:
         cancelled: cuts waiting short.
+        rate: bytes a second, or 0 for no limit; asked again and again.
     """
 
-    def __init__(self, cancelled: threading.Event) -> None:
+    def __init__(self, cancelled: threading.Event, rate: Callable[[], int]) -> None:
         self._cancelled = cancelled
-        self._due = 0.0
+        self._rate = rate
+        self._debt = 0.0
+        self._since = 0.0
 
-    def pace(self, size: int, rate: int) -> None:
-        """Wait until ``size`` more bytes fit under ``rate`` bytes a second; 0 is no limit.
+    def pace(self, size: int) -> None:
+        """Wait until the ``size`` bytes that were sent, and all before, fit under the rate. Idle time is no credit.
 
         Raises:
             CancelledError: while waiting, or before.
         """
+        rate = self._rate()
+        self._pay(rate)
+        self._debt += size
+        while True:
+            if self._cancelled.wait(min(self._debt / rate, _SLICE) if rate else 0.0):
+                raise CancelledError("the migration was cancelled")
+            self._pay(rate)
+            rate = self._rate()
+            if not rate or self._debt < 1:
+                return
+
+    def _pay(self, rate: int) -> None:
+        """Take what fitted under the rate since the last time off the debt; without a rate, all."""
         now = time.monotonic()
-        if rate:
-            self._due = max(self._due, now) + size / rate
-        if self._cancelled.wait(max(0.0, self._due - now) if rate else 0.0):
-            raise CancelledError("the migration was cancelled")
+        self._debt = max(0.0, self._debt - (now - self._since) * rate) if rate else 0.0
+        self._since = now

@@ -46,7 +46,8 @@ class Precopy:
         self._channel = channel
         self._statistics = statistics
         self._parameters = parameters
-        self._pacer = Pacer(cancelled)
+        self._paced = True
+        self._pacer = Pacer(cancelled, self._limit)
         self._bandwidth = 0.0
         self._logging = False
         chunk = parameters().clear_chunk
@@ -83,11 +84,10 @@ class Precopy:
         """Send everything that is dirty, and wait until the destination has it."""
         current = self._statistics.begin_pass()
         began, starved = time.monotonic(), thread_starved_ns()
-        limit = 0
+        self._paced = paced
         for block in self._blocks:
             for batch in block.batches():
-                limit = self._parameters().max_bandwidth if paced else 0
-                self._pacer.pace(self._send(batch, current), limit)
+                self._pacer.pace(self._send(batch, current))
                 current.seconds = time.monotonic() - began
         current.bytes += self._channel.send(PassEnd(current.number))
         done = self._channel.expect(PassDone)
@@ -96,9 +96,13 @@ class Precopy:
         current.seconds = time.monotonic() - began
         current.starved = max(thread_starved_ns() - starved, done.starved_ns) / 1e9
         # Under a limit, threads that get their CPU late only wait less for the limit.
-        bandwidth = link_bandwidth(current.bytes, current.seconds, 0 if limit else current.starved)
+        bandwidth = link_bandwidth(current.bytes, current.seconds, 0 if self._limit() else current.starved)
         telling = current.bytes >= _TELLING_SIZE
         self._bandwidth = current.bandwidth = bandwidth if telling else max(bandwidth, self._bandwidth)
+
+    def _limit(self) -> int:
+        """Bytes a second; 0 for no limit."""
+        return self._parameters().max_bandwidth if self._paced else 0
 
     def _send(self, batch: Batch, current: PassStatistics) -> int:
         sent = 0
