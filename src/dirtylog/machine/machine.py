@@ -124,9 +124,11 @@ class Machine(ABC):
         if self._state in ENDED:  # perhaps while it was being stopped
             raise self.failure or UsageError(f"the machine has ended ({self._state.value})")
         starts = state is RunState.RUNNING and self._state is not state
-        self._enter(state)
-        if starts:
-            self._run()
+        try:
+            self._enter(state)
+        finally:  # a listener's error takes nothing back (T11): the state says running, so let it be true
+            if starts:
+                self._run()
 
     def _end(self, state: RunState, failure: DirtylogError) -> None:
         """For implementations: the guest ended by itself."""
@@ -142,10 +144,12 @@ class Machine(ABC):
 
     def _enter(self, state: RunState) -> None:
         old, self._state = self._state, state
-        self.memory.set_running(state is RunState.RUNNING)
-        if old is not state:
-            for observer in tuple(self.observers):
-                observer(old, state)
+        try:
+            self.memory.set_running(state is RunState.RUNNING)
+        finally:
+            if old is not state:
+                for observer in tuple(self.observers):
+                    observer(old, state)
 
     @abstractmethod
     def _run(self) -> None:

@@ -42,9 +42,9 @@ class Listeners:
         """Those that follow an address space, or all, by ascending priority."""
         return [listener for listener, followed in self._entries if space is None or followed is space]
 
-    def offering(self, callback: str) -> list[tuple[MemoryListener, AddressSpace]]:
-        """Those that override a callback, with what they follow."""
-        return [entry for entry in self._entries if offers(entry[0], callback)]
+    def offering(self, *callbacks: str) -> list[tuple[MemoryListener, AddressSpace]]:
+        """Those that override one of some callbacks, with what they follow."""
+        return [entry for entry in self._entries if any(offers(entry[0], callback) for callback in callbacks)]
 
     def want_eventfds(self, space: AddressSpace) -> bool:
         """Whether any listener of an address space cares for eventfds."""

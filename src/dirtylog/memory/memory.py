@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from enum import IntFlag
+from enum import STRICT, IntFlag
 
 from dirtylog.errors import UsageError
 from dirtylog.memory.access import MemoryRegionOps
@@ -21,7 +21,7 @@ from dirtylog.memory.topology import replay, replay_removal, tell_coalescing, te
 from dirtylog.units import PAGE_SIZE, align_up
 
 
-class TrackingReason(IntFlag):
+class TrackingReason(IntFlag, boundary=STRICT):
     """Why all migratable RAM is logged."""
 
     MIGRATION = 1
@@ -133,12 +133,20 @@ class Memory:
         """Show nothing there any more: its listeners hear that all is gone, and are let go. Idempotent."""
         if space not in self._address_spaces:
             return
-        with self.transaction():
-            space.root = None
-            self.topology_changed()
-        with self._lock:
+        try:
+            with self.transaction():
+                space.root = None
+                self.topology_changed()
+        finally:
+            with self._lock:
+                self._listeners.check_may_change()
+                self._forget(space)
+
+    def _forget(self, space: AddressSpace) -> None:
+        with self._listeners.telling():
             for listener in self._listeners.forward(space):
-                self.unregister(listener)
+                self._listeners.remove(listener)
+                replay_removal(self._listeners, listener, space)
             self._address_spaces.remove(space)
             space.view = FlatView()
 
@@ -191,8 +199,9 @@ class Memory:
 
         Delivery waits for devices' callbacks, and these may wait to change the memory: nobody may hold its lock then.
         """
-        if self.flush is not None and not self._lock.mine:
-            self.flush()
+        flush = self.flush
+        if flush is not None and not self._lock.mine:
+            flush()
 
     def topology_changed(self) -> None:
         """Have the current transaction end with a commit. For regions; others have no use for it."""
@@ -204,11 +213,12 @@ class Memory:
         self._check_in_transaction()
         self._eventfds_pending = True
 
-    def coalescing_changed(self, region: MemoryRegion, part: CoalescedRange, *, added: bool) -> None:
-        """Tell of a coalesced part that came or went. For regions."""
+    def coalescing_changed(self, region: MemoryRegion, parts: tuple[CoalescedRange, ...], *, added: bool) -> None:
+        """Tell of coalesced parts that came or went. For regions."""
         self._check_in_transaction()
         with self._listeners.telling():
-            tell_coalescing(self._listeners, self._address_spaces, region, part, added=added)
+            for part in parts:
+                tell_coalescing(self._listeners, self._address_spaces, region, part, added=added)
 
     def _check_in_transaction(self) -> None:
         if not self._depth:
@@ -385,9 +395,10 @@ class Memory:
     def sync_dirty_log(self, region: MemoryRegion | None = None, *, last_stage: bool = False) -> None:
         """Have every tracker merge what was written into the bitmaps of all clients that log; of one region, or all."""
         with self._lock, self._listeners.telling():
-            for listener, _ in self._listeners.offering("log_sync_global"):
-                listener.log_sync_global(last_stage)
-            for listener, space in self._listeners.offering("log_sync"):
+            for listener, space in self._listeners.offering("log_sync", "log_sync_global"):
+                if offers(listener, "log_sync_global"):
+                    listener.log_sync_global(last_stage)
+                    continue
                 for section in _logged(space, region):
                     listener.log_sync(section)
 

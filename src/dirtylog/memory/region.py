@@ -111,14 +111,15 @@ class MemoryRegion:
         """
         if child.memory is not self.memory:
             raise UsageError(f"{child!r} belongs to another memory than {self!r}")
-        if child.container is not None:
-            raise UsageError(f"{child!r} is mapped in {child.container!r} already", remedy="remove it there first")
         if self.target is not None:
             raise UsageError(f"{self!r} is an alias and cannot contain others")
-        if child.shows(self):
-            raise UsageError(f"{child!r} would contain itself")
         _check_place(child, address, priority)
-        with self._changing(shown=child.enabled and self.enabled):
+        with self.memory.transaction():
+            if child.container is not None:
+                raise UsageError(f"{child!r} is mapped in {child.container!r} already", remedy="remove it there first")
+            if child.shows(self):
+                raise UsageError(f"{child!r} would contain itself")
+            self._changed(child)
             child.container, child.address, child.priority = self, address, priority
             self._insert(child)
 
@@ -128,9 +129,10 @@ class MemoryRegion:
         Raises:
             UsageError: it is not mapped here.
         """
-        if child.container is not self:
-            raise UsageError(f"{child!r} is not mapped in {self!r}")
-        with self._changing(shown=child.enabled and self.enabled):
+        with self.memory.transaction():
+            if child.container is not self:
+                raise UsageError(f"{child!r} is not mapped in {self!r}")
+            self._changed(child)
             self._children.remove(child)
             child.container, child.address, child.priority = None, 0, 0
 
@@ -140,14 +142,15 @@ class MemoryRegion:
         Raises:
             UsageError: it is not mapped, or the address is not in [0, 2**64).
         """
-        container = self.container
-        if container is None:
-            raise UsageError(f"{self!r} is not mapped anywhere", remedy="add it to a container")
-        priority = self.priority if priority is None else priority
-        _check_place(self, address, priority)
-        if (address, priority) == (self.address, self.priority):
-            return
-        with self._changing(shown=self.enabled and container.enabled):
+        with self.memory.transaction():
+            container = self.container
+            if container is None:
+                raise UsageError(f"{self!r} is not mapped anywhere", remedy="add it to a container")
+            priority = self.priority if priority is None else priority
+            _check_place(self, address, priority)
+            if (address, priority) == (self.address, self.priority):
+                return
+            container._changed(self)
             self.address, self.priority = address, priority
             container._children.remove(self)
             container._insert(self)
@@ -161,7 +164,7 @@ class MemoryRegion:
     def set_readonly(self, readonly: bool) -> None:
         """Refuse writes, here and in all that is shown through it, or no longer."""
         if readonly is not self.readonly:
-            with self._changing(shown=self.enabled):
+            with self._changing(only_if_enabled=True):
                 self.readonly = readonly
 
     def set_size(self, size: int) -> None:
@@ -187,7 +190,7 @@ class MemoryRegion:
             raise UsageError(f"{self!r} is not an alias")
         check_offset(self.name, offset)
         if offset != self.target_offset:
-            with self._changing(shown=self.enabled):
+            with self._changing(only_if_enabled=True):
                 self.target_offset = offset
 
     def set_trapped(self, trapped: bool) -> None:
@@ -199,7 +202,7 @@ class MemoryRegion:
         if self.block is None or self.ops is None:
             raise UsageError(f"{self!r} is not a ROM device")
         if trapped is not self._trapped:
-            with self._changing(shown=self.enabled):
+            with self._changing(only_if_enabled=True):
                 self._trapped = trapped
 
     def add_eventfd(self, eventfd: IOEventFD) -> None:
@@ -208,15 +211,16 @@ class MemoryRegion:
         Raises:
             UsageError: it is outside the region, of an impossible size, or there already.
         """
-        if not 0 <= eventfd.address < self.size or eventfd.size not in (0, 1, 2, 4, 8):
+        fits = 0 <= eventfd.address and eventfd.address + max(eventfd.size, 1) <= self.size
+        if not fits or eventfd.size not in (0, 1, 2, 4, 8) or eventfd.fd < 0:
             raise UsageError(f"an eventfd for {eventfd.size} bytes at {eventfd.address:#x} of {self!r}")
         if eventfd.match_data and not eventfd.size:
             raise UsageError("an eventfd for writes of any length cannot match data")
         if eventfd.match_data and not 0 <= eventfd.data < 1 << 8 * eventfd.size:
             raise UsageError(f"no write of {eventfd.size} bytes has the value {eventfd.data:#x}")
-        if eventfd in self.eventfds:
-            raise UsageError(f"{self!r} has that eventfd already")
         with self.memory.transaction():
+            if eventfd in self.eventfds:
+                raise UsageError(f"{self!r} has that eventfd already")
             self.eventfds = tuple(sorted((*self.eventfds, eventfd)))
             self.memory.eventfds_changed()
 
@@ -226,9 +230,9 @@ class MemoryRegion:
         Raises:
             UsageError: it is not there.
         """
-        if eventfd not in self.eventfds:
-            raise UsageError(f"{self!r} has no such eventfd")
         with self.memory.transaction():
+            if eventfd not in self.eventfds:
+                raise UsageError(f"{self!r} has no such eventfd")
             self.eventfds = tuple(other for other in self.eventfds if other != eventfd)
             self.memory.eventfds_changed()
 
@@ -243,14 +247,13 @@ class MemoryRegion:
         part = CoalescedRange(offset, size)
         with self.memory.transaction():
             self.coalesced += (part,)
-            self.memory.coalescing_changed(self, part, added=True)
+            self.memory.coalescing_changed(self, (part,), added=True)
 
     def clear_coalescing(self) -> None:
         """Have all writes delivered at once again; those under way are delivered first."""
         with self.memory.transaction():
             gone, self.coalesced = self.coalesced, ()
-            for part in gone:
-                self.memory.coalescing_changed(self, part, added=False)
+            self.memory.coalescing_changed(self, gone, added=False)
 
     def shows(self, other: "MemoryRegion") -> bool:
         """Whether another region is this one, or is reached from it through children and aliases."""
@@ -262,12 +265,17 @@ class MemoryRegion:
         place = (n for n, sibling in enumerate(self._children) if sibling.priority <= child.priority)
         self._children.insert(next(place, len(self._children)), child)
 
+    def _changed(self, child: "MemoryRegion") -> None:
+        """Have the transaction end with a commit, if a change of a child can be seen."""
+        if self.enabled and child.enabled:
+            self.memory.topology_changed()
+
     @contextmanager
-    def _changing(self, *, shown: bool = True) -> Iterator[None]:
+    def _changing(self, *, only_if_enabled: bool = False) -> Iterator[None]:
         """A transaction that ends with a commit, if the change can be seen."""
         with self.memory.transaction():
             yield
-            if shown:
+            if self.enabled or not only_if_enabled:
                 self.memory.topology_changed()
 
     @property
@@ -281,8 +289,10 @@ class MemoryRegion:
     def start_logging_display(self) -> None:
         """Log writes for the display; counted, so two framebuffers in one region do not switch each other off."""
         self._ram()
-        with self._changing(shown=not self._display_users):
+        with self.memory.transaction():
             self._display_users += 1
+            if self._display_users == 1:
+                self.memory.topology_changed()
 
     def stop_logging_display(self) -> None:
         """The reverse of `start_logging_display`.
@@ -290,10 +300,12 @@ class MemoryRegion:
         Raises:
             UsageError: it was not started.
         """
-        if not self._display_users:
-            raise UsageError(f"the display does not log {self!r}")
-        with self._changing(shown=self._display_users == 1):
+        with self.memory.transaction():
+            if not self._display_users:
+                raise UsageError(f"the display does not log {self!r}")
             self._display_users -= 1
+            if not self._display_users:
+                self.memory.topology_changed()
 
     def set_dirty(self, offset: int, size: int) -> None:
         """Note a write by the host itself. Call it after the bytes are in place: a sync in between would miss them."""
@@ -320,21 +332,21 @@ class MemoryRegion:
 
     def test_and_clear_dirty(self, offset: int, size: int, client: Client) -> bool:
         """Whether any page touched by a range was dirty for a client, clearing them. The first clear point."""
-        block, first, count = self._pages(offset, size)
+        _, first, count = self._pages(offset, size)
         if not count:
             return False
-        words = block.dirty.fetch_and_clear(first, count, client)
-        self.clear_dirty_bitmap(first * PAGE_SIZE, count * PAGE_SIZE)
+        with self._taking(first, count, client) as words:
+            self.clear_dirty_bitmap(first * PAGE_SIZE, count * PAGE_SIZE)
         return bool(words.any())
 
     def snapshot_and_clear_dirty(self, offset: int, size: int, client: Client) -> DirtySnapshot:
         """Sync, then take the dirty pages touched by a range from a client. The second clear point."""
-        block, first, count = self._pages(offset, size)
+        _, first, count = self._pages(offset, size)
         self.memory.sync_dirty_log(self)
-        words = block.dirty.fetch_and_clear(first, count, client)
-        if count:
-            self.clear_dirty_bitmap(first * PAGE_SIZE, count * PAGE_SIZE)
-        self.memory.after_sync()
+        with self._taking(first, count, client) as words:
+            if count:
+                self.clear_dirty_bitmap(first * PAGE_SIZE, count * PAGE_SIZE)
+            self.memory.after_sync()
         return DirtySnapshot(first, PageBitmap(count, words))
 
     def harvest_dirty(self, into: PageBitmap, chunks: ClearChunks | None = None) -> int:
@@ -358,6 +370,17 @@ class MemoryRegion:
     def clear_dirty_bitmap(self, offset: int, size: int) -> None:
         """Tell every listener that has a ``log_clear``, once for each visible piece of a range of this region."""
         self.memory.clear_dirty_bitmap(self, offset, size)
+
+    @contextmanager
+    def _taking(self, first: int, count: int, client: Client) -> Iterator[Words]:
+        """A client's dirty pages, cleared; put back if what follows fails."""
+        dirty = self._ram().dirty
+        words = dirty.fetch_and_clear(first, count, client)
+        try:
+            yield words
+        except BaseException:
+            dirty.merge(words, first, count, client)
+            raise
 
     def _ram(self) -> RAMBlock:
         if self.block is None:

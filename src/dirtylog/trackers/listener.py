@@ -11,7 +11,7 @@ Pages that are collected but never cleared are reported again by every collect, 
 
 import threading
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 
 import numpy as np
 
@@ -54,6 +54,9 @@ class _Range:
             try:
                 if self.region.logging:  # it is the mapping that goes away
                     self.sync()
+            except BaseException:
+                self._report_all()
+                raise
             finally:
                 self.armed = False
                 self.tracker.disarm()
@@ -65,6 +68,13 @@ class _Range:
             fresh = PageBitmap(self.collected.pages, words)  # masks the tail
             self.collected.merge(fresh.words)
             self._report(fresh)
+        elif self.region.logging:  # arming failed: any page may have been written
+            self._report_all()
+
+    def _report_all(self) -> None:
+        everything = PageBitmap(self.tracker.pages)
+        everything.set(0, everything.pages)
+        self._report(everything)
 
     def _report(self, found: PageBitmap) -> None:
         self.region.merge_dirty(found.words, self.first, found.pages)
@@ -126,8 +136,14 @@ class TrackerListener(MemoryListener):
         going, self._going = self._going, []
         coming, self._coming = self._coming, []
         logged = any(section.region.logging for section in going)
-        with self._hold() if logged or _overlap(going, coming) else nullcontext():
-            errors = [error for section in going if (error := self._try(self._remove, section)) is not None]
+        errors: list[DirtylogError] = []
+        with ExitStack() as held:
+            if logged or _overlap(going, coming):
+                try:
+                    held.enter_context(self._hold())
+                except DirtylogError as failure:  # what was told must be done all the same: it is not told again
+                    errors.append(failure)
+            errors += [error for section in going if (error := self._try(self._remove, section)) is not None]
             errors += [error for section in coming if (error := self._try(self._add, section)) is not None]
         if errors:
             raise errors[0]

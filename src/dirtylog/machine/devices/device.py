@@ -6,7 +6,10 @@ from dirtylog.memory import MemoryRegionOps
 
 
 class Device(MemoryRegionOps):
-    """A device on the port bus. Its methods run one at a time for the whole machine.
+    """A device on the port bus. The guest's accesses come one at a time for the whole machine, in a vCPU's thread.
+
+    A callback may change the memory. It must not pause or close the machine, which would wait for the very thread that
+    it runs in; it raises GuestError to end the guest.
 
     Attributes:
         name: unique in its machine; names its part of the machine's state.

@@ -21,26 +21,27 @@ class IOListener(MemoryListener):
         self._vm = vm
         self._pio = pio
         self._flag: Final = IOEventFDFlag.PIO if pio else IOEventFDFlag(0)
-        self._assigned: dict[tuple[int, int, bool, int, int], int] = {}
+        self._assigned: dict[tuple[int, int, bool, int, int], IOEventFD] = {}
 
     def eventfd_add(self, section: MemoryRegionSection, match_data: bool, data: int, eventfd: int) -> None:
         """KVM_IOEVENTFD."""
         own = _duplicate(eventfd)
         try:
-            self._vm.assign_eventfd(self._eventfd(section, match_data, data, own), assign=True)
+            assigned = self._eventfd(section, match_data, data, own)
+            self._vm.assign_eventfd(assigned, assign=True)
         except BaseException:
             os.close(own)
             raise
-        self._assigned[_key(section, match_data, data, eventfd)] = own
+        self._assigned[_key(section, match_data, data, eventfd)] = assigned
 
     def eventfd_del(self, section: MemoryRegionSection, match_data: bool, data: int, eventfd: int) -> None:
         """KVM_IOEVENTFD with the flag to deassign; nothing for one that KVM refused to assign."""
-        own = self._assigned.pop(_key(section, match_data, data, eventfd), None)
-        if own is not None:
+        assigned = self._assigned.pop(_key(section, match_data, data, eventfd), None)
+        if assigned is not None:
             try:
-                self._vm.assign_eventfd(self._eventfd(section, match_data, data, own), assign=False)
+                self._vm.assign_eventfd(assigned, assign=False)
             finally:
-                os.close(own)
+                os.close(assigned.fd)
 
     def coalesced_io_add(self, section: MemoryRegionSection, address: int, size: int) -> None:
         """KVM_REGISTER_COALESCED_MMIO."""
