@@ -11,7 +11,7 @@ from support.waiting import BOUND
 
 from dirtylog.linux.kvm import KVM, VCPU
 from dirtylog.linux.kvm_abi import ExitReason, Segment
-from dirtylog.machine.kvm.slots import MemorySlots
+from dirtylog.machine.kvm.slots import MAX_SLOT_PAGES, MemorySlots
 from dirtylog.memory import AddressSpace, Memory, MemoryRegion
 from dirtylog.trackers import KVMLogMode, TrackerListener
 from dirtylog.trackers.kvm_log import choose_mode
@@ -85,7 +85,7 @@ class KVMWorld:
     The vCPU stands at a six-byte program in protected mode, without interrupt controllers, so that HLT ends KVM_RUN.
     """
 
-    def __init__(self, kvm: KVM, mode: KVMLogMode, pages: int) -> None:
+    def __init__(self, kvm: KVM, mode: KVMLogMode, pages: int, *, max_slot_pages: int = MAX_SLOT_PAGES) -> None:
         self.mode = mode
         self._vm = kvm.create_vm()
         choose_mode(self._vm, mode)
@@ -94,7 +94,7 @@ class KVMWorld:
         self.root = self.memory.container("root")
         self.root.add(self.memory.ram("code", 4 * PAGE_SIZE), _CODE_ADDRESS)
         self.system: AddressSpace = self.memory.address_space("system", self.root)
-        self.listener: TrackerListener = MemorySlots(self._vm, mode).listener(nullcontext)
+        self.listener: TrackerListener = MemorySlots(self._vm, mode, max_pages=max_slot_pages).listener(nullcontext)
         self.memory.register(self.listener, self.system)
         self._vcpu = self._vm.create_vcpu(0)
         enter_protected_mode(self._vcpu)

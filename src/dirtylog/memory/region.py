@@ -211,7 +211,7 @@ class MemoryRegion:
         Raises:
             UsageError: it is outside the region, of an impossible size, or there already.
         """
-        fits = 0 <= eventfd.address and eventfd.address + max(eventfd.size, 1) <= self.size
+        fits = eventfd.address >= 0 and eventfd.address + max(eventfd.size, 1) <= self.size
         if not fits or eventfd.size not in (0, 1, 2, 4, 8) or eventfd.fd < 0:
             raise UsageError(f"an eventfd for {eventfd.size} bytes at {eventfd.address:#x} of {self!r}")
         if eventfd.match_data and not eventfd.size:

@@ -1,11 +1,13 @@
 """How Linux tells which pages were written: one module per mechanism, and one listener that adapts any of them."""
 
+from dirtylog.trackers.joined import JoinedTracker
 from dirtylog.trackers.kvm_log import KVMLogMode, KVMLogTracker
 from dirtylog.trackers.listener import SplitTrackerListener, TrackerListener, tracker_listener
 from dirtylog.trackers.tracker import ClearWindow, Tracker, clear_window
 
 __all__ = [
     "ClearWindow",
+    "JoinedTracker",
     "KVMLogMode",
     "KVMLogTracker",
     "SplitTrackerListener",

@@ -1,16 +1,17 @@
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, nullcontext
 
 import numpy as np
 import pytest
+from support.kvm import KVMWorld
 from support.running import DEVICE, MakeRunning, Recorder, Running, count_exits, listing, tell_offsets
 from support.waiting import wait_until
 
 from dirtylog.errors import HostError, UsageError
-from dirtylog.linux.kvm import VM
+from dirtylog.linux.kvm import KVM, VM
 from dirtylog.linux.kvm_abi import Capability, MemorySlotFlag
 from dirtylog.machine.kvm.slots import MemorySlots
-from dirtylog.memory import Memory, MemoryRegion, TrackingReason, Words
+from dirtylog.memory import Client, Memory, MemoryRegion, PageBitmap, TrackingReason, Words
 from dirtylog.trackers import KVMLogMode
 from dirtylog.units import PAGE_SIZE
 
@@ -490,3 +491,50 @@ def test_running_guest_sees_memory_come_move_and_go(run: MakeRunning) -> None:  
     sees(b"1111")
     guest.root.remove(ram)
     sees(b"\xff\xff\xff\xff")
+
+
+def test_section_too_large_for_a_slot_spans_several() -> None:
+    vm = SlotTable(limit=4)
+    memory = Memory()
+    ram, root = memory.ram("ram", 200 * PAGE_SIZE), memory.container("root")
+    assert ram.block is not None
+    hva = ram.block.mapping.address
+    memory.register(
+        MemorySlots(vm, KVMLogMode.LEGACY, max_pages=64).listener(nullcontext), memory.address_space("space", root)
+    )
+    root.add(ram, 0)
+    size = 64 * PAGE_SIZE
+    assert vm.seen() == {n * size: (min(size, (200 - 64 * n) * PAGE_SIZE), hva + n * size) for n in range(4)}
+    memory.start_logging(TrackingReason.MIGRATION)
+    assert all(flags & MemorySlotFlag.LOG_DIRTY_PAGES for flags, *_ in vm.slots.values())
+    memory.sync_dirty_log()
+    root.remove(ram)
+    assert vm.slots == {}
+    memory.close()
+
+
+def test_section_for_which_the_slots_do_not_suffice_has_none() -> None:
+    vm = SlotTable(limit=3)
+    memory = Memory()
+    ram, root = memory.ram("ram", 200 * PAGE_SIZE), memory.container("root")
+    memory.register(
+        MemorySlots(vm, KVMLogMode.LEGACY, max_pages=64).listener(nullcontext), memory.address_space("space", root)
+    )
+    with pytest.raises(HostError, match="memory slots"):
+        root.add(ram, 0)
+    assert vm.slots == {}
+    memory.close()
+
+
+@pytest.mark.parametrize("mode", KVMLogMode)
+def test_guest_that_writes_in_several_slots_of_a_section_loses_nothing(kvm: KVM, mode: KVMLogMode) -> None:  # D1 D2
+    with closing(KVMWorld(kvm, mode, 200, max_slot_pages=64)) as world:
+        world.root.add(world.ram, 0)
+        world.memory.start_logging(TrackingReason.MIGRATION)
+        world.ram.snapshot_and_clear_dirty(0, world.ram.size, Client.MIGRATION)
+        for pages in ([0, 63, 64, 130, 199], [63, 191, 192]):
+            world.write([page * PAGE_SIZE for page in pages])
+            world.memory.sync_dirty_log()
+            found = PageBitmap(200)
+            world.ram.harvest_dirty(found)
+            assert found.indices().tolist() == pages

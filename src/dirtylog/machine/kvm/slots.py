@@ -1,24 +1,43 @@
 """KVM memory slots that follow an address space."""
 
+from collections.abc import Sequence
+from typing import Final
+
 from dirtylog.errors import HostError, UsageError
 from dirtylog.linux.kvm import VM
 from dirtylog.linux.kvm_abi import Capability
 from dirtylog.memory import MemoryRegionSection
-from dirtylog.trackers import KVMLogMode, KVMLogTracker, Tracker, TrackerListener, tracker_listener
+from dirtylog.trackers import (
+    JoinedTracker,
+    KVMLogMode,
+    KVMLogTracker,
+    Tracker,
+    TrackerListener,
+    tracker_listener,
+)
 from dirtylog.trackers.listener import Hold
-from dirtylog.units import PAGE_SIZE
+from dirtylog.units import PAGE_SIZE, WORD_BITS
+
+MAX_SLOT_PAGES: Final = (1 << 31) - WORD_BITS
+"""KVM takes fewer than 2**31 pages in one slot (KVM_MEM_MAX_NR_PAGES); the last multiple of 64 below."""
 
 
 class MemorySlots:
     """Gives each section that can be read directly a memory slot, whose dirty log is the section's tracker.
 
-    Slots of ROM and ROM devices are read-only: the guest's writes come out as MMIO exits. Everything else has no slot,
-    so that every access does.
+    A section too large for one slot gets several. Slots of ROM and ROM devices are read-only: the guest's writes come
+    out as MMIO exits. Everything else has no slot, so that every access does.
+
+    Args:
+        vm: the machine.
+        mode: how its dirty log behaves.
+        max_pages: the longest slot, whole 64-page words.
     """
 
-    def __init__(self, vm: VM, mode: KVMLogMode) -> None:
+    def __init__(self, vm: VM, mode: KVMLogMode, *, max_pages: int = MAX_SLOT_PAGES) -> None:
         self._vm = vm
         self._mode = mode
+        self._max_pages = max_pages
         self._limit = vm.check(Capability.NR_MEMSLOTS)
         self._has_readonly = bool(vm.check(Capability.READONLY_MEM))
         self._free: list[int] = []
@@ -28,11 +47,11 @@ class MemorySlots:
         """The listener that makes and deletes the slots and serves their logs; ``hold`` keeps vCPUs out of KVM_RUN."""
         return tracker_listener(self._attach, self._detach, hold, clears_on_collect=self._mode.clears_on_collect)
 
-    def _attach(self, section: MemoryRegionSection) -> KVMLogTracker | None:
+    def _attach(self, section: MemoryRegionSection) -> JoinedTracker[KVMLogTracker] | None:
         block = section.region.block
         if block is None or not section.direct:
             return None
-        gpa, offset, size = section.offset_within_address_space, section.offset_within_region, section.size
+        gpa, offset = section.offset_within_address_space, section.offset_within_region
         if offset % PAGE_SIZE:
             raise UsageError(
                 f"{section.region!r} is shown at {gpa:#x} from {offset:#x}, in the middle of a host page",
@@ -41,26 +60,33 @@ class MemorySlots:
         readonly = section.readonly or section.region.ops is not None
         if readonly and not self._has_readonly:
             raise HostError(f"this KVM has no read-only memory, which {section.region!r} needs")
+        parts: list[KVMLogTracker] = []
+        try:
+            for start in range(0, section.size, self._max_pages * PAGE_SIZE):
+                pages = min(self._max_pages, (section.size - start) // PAGE_SIZE)
+                parts.append(self._make(gpa + start, pages, block.mapping.address + offset + start, readonly=readonly))
+        except BaseException:
+            self._remove(parts)
+            raise
+        return JoinedTracker(parts)
+
+    def _make(self, gpa: int, pages: int, hva: int, *, readonly: bool) -> KVMLogTracker:
         slot = self._take()
         try:
-            return KVMLogTracker(
-                self._vm,
-                self._mode,
-                slot=slot,
-                gpa=gpa,
-                pages=size // PAGE_SIZE,
-                hva=block.mapping.address + offset,
-                readonly=readonly,
-            )
+            return KVMLogTracker(self._vm, self._mode, slot=slot, gpa=gpa, pages=pages, hva=hva, readonly=readonly)
         except BaseException:
             self._free.append(slot)
             raise
 
     def _detach(self, tracker: Tracker) -> None:
-        if not isinstance(tracker, KVMLogTracker):
-            raise UsageError(f"{type(tracker).__name__} is not the log of a memory slot")
-        tracker.remove()
-        self._free.append(tracker.slot)
+        if not isinstance(tracker, JoinedTracker):
+            raise UsageError(f"{type(tracker).__name__} is not the log of memory slots")
+        self._remove(tracker.parts)
+
+    def _remove(self, parts: Sequence[KVMLogTracker]) -> None:
+        for part in parts:
+            part.remove()
+            self._free.append(part.slot)
 
     def _take(self) -> int:
         if self._free:
