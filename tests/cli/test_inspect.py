@@ -189,15 +189,33 @@ def test_json_is_the_description(machine: Machine, inspect: Inspect, pc: Memory,
 _CHARACTERS: Final = st.characters(codec="utf-8", exclude_characters="…")
 _TEXT: Final = st.text(_CHARACTERS, max_size=8) | st.sampled_from(("\x1b[31mred", "[bold]", "two\nlines", "a" * 100))
 _SIZES: Final = st.integers(1, 1 << 64)
+_OFFSETS: Final = st.integers(0, (1 << 64) - 1)
+_ADDRESSES: Final = st.integers(0, (1 << 65) - 1)
 _LOGGING: Final = st.lists(_TEXT, max_size=2).map(tuple)
 _ANY_RANGE: Final = st.builds(
-    RangeDescription, start=st.integers(0, 1 << 65), size=_SIZES, region=_TEXT, kind=_TEXT, logging=_LOGGING
+    RangeDescription,
+    start=_ADDRESSES,
+    size=_SIZES,
+    region=_TEXT,
+    kind=_TEXT,
+    offset=_OFFSETS,
+    logging=_LOGGING,
+    dirty=st.dictionaries(_TEXT, st.integers(0, 1 << 60), max_size=2),
 )
 
 
 def _region(children: st.SearchStrategy[tuple[RegionDescription, ...]]) -> st.SearchStrategy[RegionDescription]:
     target = st.none() | _TEXT
-    return st.builds(RegionDescription, name=_TEXT, kind=_TEXT, size=_SIZES, target=target, children=children)
+    return st.builds(
+        RegionDescription,
+        name=_TEXT,
+        kind=_TEXT,
+        address=_ADDRESSES,
+        size=_SIZES,
+        target=target,
+        target_offset=_OFFSETS,
+        children=children,
+    )
 
 
 _NO_REGIONS: Final[tuple[RegionDescription, ...]] = ()

@@ -41,7 +41,7 @@ def command(qmp_path: str, as_json: bool) -> None:
         return
     try:
         memory = msgspec.convert(reply, MemoryDescription)
-    except msgspec.ValidationError as error:
+    except (msgspec.ValidationError, RecursionError) as error:
         raise ProtocolError(f"the machine at {qmp_path} describes its memory in other words: {error}") from error
     _check(memory, qmp_path)
     console = Console(highlight=False, emoji=False, markup=False)
@@ -51,11 +51,17 @@ def command(qmp_path: str, as_json: bool) -> None:
 
 
 def _check(memory: MemoryDescription, qmp_path: str) -> None:
-    """Refuse sizes that nothing has, before they are computed with."""
+    """Refuse numbers that nothing has, before they are computed with."""
     for space in memory.address_spaces:
-        for size in (*(part.size for part in space.ranges), *(region.size for region in _all_regions(space.root))):
+        shown = [(part.start, part.offset, part.size) for part in space.ranges]
+        built = [(region.address, region.target_offset, region.size) for region in _all_regions(space.root)]
+        for address, offset, size in (*shown, *built):
+            if not (0 <= address < 2 * ADDRESS_SPACE_SIZE and 0 <= offset < ADDRESS_SPACE_SIZE):
+                raise ProtocolError(f"the machine at {qmp_path} tells of memory at an address that there is not")
             if not 0 < size <= ADDRESS_SPACE_SIZE:
                 raise ProtocolError(f"the machine at {qmp_path} tells of {size} bytes of memory in one piece")
+        if any(pages < 0 for part in space.ranges for pages in part.dirty.values()):
+            raise ProtocolError(f"the machine at {qmp_path} tells of fewer dirty pages than none")
 
 
 def _all_regions(root: RegionDescription | None) -> Iterator[RegionDescription]:

@@ -9,8 +9,9 @@ if TYPE_CHECKING:
 class IOEventFD(NamedTuple):
     """Writes of ``size`` bytes (0: any length) at ``address``, of ``data`` if that has to match, signal ``fd``.
 
-    The order of the fields is the order in which listeners are told. The address is an offset in a region, or, in an
-    address space's list, an address there.
+    ``fd`` stays its owner's, and open until the eventfd is removed from the region. The order of the fields is the
+    order in which listeners are told. The address is an offset in a region, or, in an address space's list, an address
+    there.
     """
 
     address: int

@@ -257,9 +257,15 @@ class MemoryRegion:
 
     def shows(self, other: "MemoryRegion") -> bool:
         """Whether another region is this one, or is reached from it through children and aliases."""
-        if self is other or (self.target is not None and self.target.shows(other)):
-            return True
-        return any(child.shows(other) for child in self._children)
+        left, seen = [self], {self}
+        while left:
+            region = left.pop()
+            if region is other:
+                return True
+            inner = region._children if region.target is None else [region.target]
+            left += [found for found in inner if found not in seen]
+            seen.update(inner)
+        return False
 
     def _insert(self, child: "MemoryRegion") -> None:
         place = (n for n, sibling in enumerate(self._children) if sibling.priority <= child.priority)

@@ -131,12 +131,12 @@ class TrackerListener(MemoryListener):
         """Collect from what goes for the last time (D6) and detach it, then attach what comes.
 
         Raises:
-            DirtylogError: what went wrong first; all other sections were detached and attached.
+            Exception: what went wrong first; all other sections were detached and attached.
         """
         going, self._going = self._going, []
         coming, self._coming = self._coming, []
         logged = any(section.region.logging for section in going)
-        errors: list[DirtylogError] = []
+        errors: list[Exception] = []
         with ExitStack() as held:
             if logged or _overlap(going, coming):
                 try:
@@ -148,10 +148,10 @@ class TrackerListener(MemoryListener):
         if errors:
             raise errors[0]
 
-    def _try(self, action: Callable[[MemoryRegionSection], None], section: MemoryRegionSection) -> DirtylogError | None:
+    def _try(self, action: Callable[[MemoryRegionSection], None], section: MemoryRegionSection) -> Exception | None:
         try:
             action(section)
-        except DirtylogError as error:
+        except Exception as error:  # noqa: BLE001 - raised at the end, so that the other sections are seen to first
             return error
         return None
 
