@@ -371,3 +371,38 @@ def test_ram_that_the_host_cannot_map_is_refused_with_a_remedy() -> None:
     with pytest.raises(HostError, match="cannot map") as caught:
         Memory().ram("huge", 1 << 62)
     assert caught.value.remedy is not None
+
+
+def test_discarded_block_is_closed_and_its_name_is_free(board: Board) -> None:
+    spare = board.memory.ram("spare", PAGE_SIZE)
+    board.memory.discard(spare)
+    assert "spare" not in board.memory.blocks
+    assert spare not in board.memory.ram_regions
+    board.memory.discard(board.memory.ram("spare", 2 * PAGE_SIZE))
+    with pytest.raises(UsageError, match="has no block"):
+        board.memory.discard(spare)
+
+
+def test_region_that_is_shown_is_not_discarded(board: Board) -> None:
+    spare = board.memory.ram("spare", PAGE_SIZE)
+    board.root.add(board.memory.alias("window", spare, 0, PAGE_SIZE), 1 << 40)
+    with pytest.raises(UsageError, match="still shown"):
+        board.memory.discard(spare)
+
+
+def test_region_that_is_logged_is_not_discarded(board: Board) -> None:  # D1
+    spare = board.memory.ram("spare", PAGE_SIZE)
+    board.memory.start_logging(TrackingReason.MIGRATION)
+    with pytest.raises(UsageError, match="is logged"):
+        board.memory.discard(spare)
+    board.memory.stop_logging(TrackingReason.MIGRATION)
+    spare.start_logging_display()
+    with pytest.raises(UsageError, match="is logged"):
+        board.memory.discard(spare)
+    spare.stop_logging_display()
+    board.memory.discard(spare)
+
+
+def test_container_has_nothing_to_discard(board: Board) -> None:
+    with pytest.raises(UsageError, match="has no block"):
+        board.memory.discard(board.root)

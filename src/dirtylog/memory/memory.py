@@ -119,6 +119,28 @@ class Memory:
             self._regions.append(region)
             return region
 
+    def discard(self, region: MemoryRegion) -> None:
+        """Give a region's block up, and its name free.
+
+        Raises:
+            UsageError: the region has no block here, is shown somewhere, or is logged.
+        """
+        with self._lock:
+            self._listeners.check_may_change()
+            block = region.block
+            if block is None or region not in self._regions:
+                raise UsageError(f"{region!r} has no block in this memory")
+            if any(flat.region is region for space in self._address_spaces for flat in space.view.ranges):
+                raise UsageError(f"{region!r} is still shown", remedy="remove it, and what shows it, first")
+            if region.logging:
+                raise UsageError(
+                    f"{region!r} is logged: {region.logging!r}",
+                    remedy="end the migration or the display's logging first",
+                )
+            self._regions.remove(region)
+            del self.blocks[block.name]
+            block.close()
+
     def address_space(self, name: str, root: MemoryRegion) -> AddressSpace:
         """A new address space that shows ``root`` at address 0."""
         if root.memory is not self:
