@@ -63,7 +63,31 @@ def _check(call: str, result: int) -> None:
         raise kernel_error(call, OSError(code, os.strerror(code)))
 
 
-class MemfdMapping:
+class _Mapped:
+    """What all memory here is: bytes at an address, until they are let go."""
+
+    size: int
+    address: int
+    _memory: memoryview | None
+
+    @property
+    def memory(self) -> memoryview:
+        """The memory as bytes."""
+        if self._memory is None:
+            raise ClosedError("this memory was closed")
+        return self._memory
+
+    @property
+    def array(self) -> npt.NDArray[np.uint8]:
+        """The memory as uint8, shape (size,)."""
+        return np.frombuffer(self.memory, np.uint8)
+
+    def populate(self, start: int, size: int) -> None:
+        """Allocate and map [start, start + size) now, so that later writes take no page fault."""
+        _check("madvise MADV_POPULATE_WRITE", _libc.madvise(self.address + start, size, _MADV_POPULATE_WRITE))
+
+
+class MemfdMapping(_Mapped):
     """A memfd of fixed size and its one shared mapping, both owned here.
 
     The file is sealed against growing and shrinking, so that nobody who is handed the descriptor can turn a later
@@ -95,7 +119,7 @@ class MemfdMapping:
         try:
             os.ftruncate(self.fd, size)
             fcntl.fcntl(self.fd, _F_ADD_SEALS, _F_SEAL_SHRINK | _F_SEAL_GROW)
-            self._memory: memoryview | None = _map_aligned(self.fd, size)
+            self._memory = _map_aligned(self.fd, size)
         except (OSError, OverflowError, ValueError) as error:
             self.close()
             raise HostError(
@@ -103,18 +127,6 @@ class MemfdMapping:
                 remedy="ask for less, or raise the limits shown by 'ulimit -v' and /proc/sys/vm/overcommit_memory",
             ) from error
         self.address = int(self.array.ctypes.data)
-
-    @property
-    def memory(self) -> memoryview:
-        """The memory as bytes."""
-        if self._memory is None:
-            raise ClosedError("this memory was closed")
-        return self._memory
-
-    @property
-    def array(self) -> npt.NDArray[np.uint8]:
-        """The memory as uint8, shape (size,)."""
-        return np.frombuffer(self.memory, np.uint8)
 
     def close(self) -> None:
         """Give up the descriptor and the mapping; idempotent."""
@@ -140,10 +152,6 @@ class MemfdMapping:
             hole = min(os.lseek(self.fd, data, os.SEEK_HOLE), end)
             yield data, hole
             start = hole
-
-    def populate(self, start: int, size: int) -> None:
-        """Allocate and map [start, start + size) now, so that later writes take no page fault."""
-        _check("madvise MADV_POPULATE_WRITE", _libc.madvise(self.address + start, size, _MADV_POPULATE_WRITE))
 
     def make_huge(self, start: int) -> bool:
         """Back the hole of `HUGE_PAGE_SIZE` bytes at ``start`` with a huge page, if the kernel has one.
@@ -171,7 +179,7 @@ class MemfdMapping:
         _check("fallocate FALLOC_FL_PUNCH_HOLE", _libc.fallocate(self.fd, flags, start, size))
 
 
-class BufferMapping:
+class BufferMapping(_Mapped):
     """A caller's memory, with what `MemfdMapping` offers. Its owner keeps it; this only holds on to it.
 
     Attributes:
@@ -184,7 +192,7 @@ class BufferMapping:
     def __init__(self, buffer: memoryview) -> None:
         if buffer.readonly or not buffer.c_contiguous:
             raise UsageError("the buffer is read-only or not contiguous", remedy="give writable, contiguous memory")
-        self._memory: memoryview | None = buffer.cast("B") if buffer.nbytes else buffer
+        self._memory = buffer.cast("B") if buffer.nbytes else buffer
         self.size = buffer.nbytes
         self.address = int(self.array.ctypes.data)
         if not self.size or self.size % PAGE_SIZE or self.address % PAGE_SIZE:
@@ -192,18 +200,6 @@ class BufferMapping:
                 f"a buffer of {self.size} bytes at {self.address:#x} is not whole {PAGE_SIZE}-byte pages",
                 remedy="allocate it with mmap, which aligns to pages",
             )
-
-    @property
-    def memory(self) -> memoryview:
-        """The memory as bytes."""
-        if self._memory is None:
-            raise ClosedError("this memory was closed")
-        return self._memory
-
-    @property
-    def array(self) -> npt.NDArray[np.uint8]:
-        """The memory as uint8, shape (size,)."""
-        return np.frombuffer(self.memory, np.uint8)
 
     def close(self) -> None:
         """Let go of the buffer; idempotent."""
@@ -213,10 +209,6 @@ class BufferMapping:
         """All of it counts as data: nobody knows."""
         if start < end:
             yield start, end
-
-    def populate(self, start: int, size: int) -> None:
-        """Allocate and map [start, start + size) now."""
-        _check("madvise MADV_POPULATE_WRITE", _libc.madvise(self.address + start, size, _MADV_POPULATE_WRITE))
 
     def punch(self, start: int, size: int) -> None:
         """Zero [start, start + size)."""
