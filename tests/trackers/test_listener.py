@@ -11,7 +11,7 @@ from dirtylog.memory import (
     Words,
 )
 from dirtylog.memory.listener import offers
-from dirtylog.trackers import KVMLogMode, SplitTrackerListener, TrackerListener, tracker_listener
+from dirtylog.trackers import ClearingTrackerListener, KVMLogMode, SplitTrackerListener, tracker_listener
 from dirtylog.units import MIB, PAGE_SIZE, WORD_BITS
 
 PAGES = 200
@@ -27,7 +27,7 @@ def test_listener_offers_a_clear_only_where_collecting_does_not_clear() -> None:
     legacy = tracker_listener(attach, detach, clears_on_collect=True)
     split = tracker_listener(attach, detach, clears_on_collect=False)
 
-    assert (type(legacy), type(split)) == (TrackerListener, SplitTrackerListener)
+    assert (type(legacy), type(split)) == (ClearingTrackerListener, SplitTrackerListener)
     assert (offers(legacy, "log_clear"), offers(split, "log_clear")) == (False, True)
     assert offers(legacy, "log_sync")
     assert not offers(split, "log_sync_global")

@@ -2,15 +2,25 @@
 
 from dirtylog.trackers.joined import JoinedTracker
 from dirtylog.trackers.kvm_log import KVMLogMode, KVMLogTracker
-from dirtylog.trackers.listener import SplitTrackerListener, TrackerListener, tracker_listener
+from dirtylog.trackers.listener import (
+    ClearingTrackerListener,
+    GlobalTrackerListener,
+    SplitTrackerListener,
+    TrackerListener,
+    tracker_listener,
+)
+from dirtylog.trackers.tracked import TrackedRange
 from dirtylog.trackers.tracker import ClearWindow, Tracker, clear_window
 
 __all__ = [
     "ClearWindow",
+    "ClearingTrackerListener",
+    "GlobalTrackerListener",
     "JoinedTracker",
     "KVMLogMode",
     "KVMLogTracker",
     "SplitTrackerListener",
+    "TrackedRange",
     "Tracker",
     "TrackerListener",
     "clear_window",

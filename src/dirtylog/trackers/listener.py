@@ -1,23 +1,14 @@
-"""Any tracker as a memory listener: keeps what was collected, so that only that is ever cleared.
-
-A tracker's clear must never name a page that its last collect did not report: that page may have been written after
-the collect, the clear would protect it again, and the write would be known to nobody. So each range has a cached
-bitmap, the pages collected and not yet cleared. A clear passes on the bits that are 1 in the cache and lie in the
-asked range, with the rest of the first and last word masked out, and then zeroes them in the cache: were they kept,
-a second clear of the range would name pages again that may have been written since the first.
-
-Pages that are collected but never cleared are reported again by every collect, and sent twice at worst.
-"""
+"""Any tracker as a memory listener."""
 
 import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-
-import numpy as np
+from dataclasses import replace
 
 from dirtylog.errors import DirtylogError
 from dirtylog.memory import Client, MemoryListener, MemoryRegionSection, PageBitmap
-from dirtylog.trackers.tracker import Tracker, clear_window
+from dirtylog.trackers.tracked import TrackedRange
+from dirtylog.trackers.tracker import Tracker
 from dirtylog.units import PAGE_SIZE, page_span
 
 Attach = Callable[[MemoryRegionSection], Tracker | None]
@@ -28,72 +19,56 @@ Hold = Callable[[], AbstractContextManager[object]]
 """Keeps writers from what is being changed while the context is entered."""
 
 
-class _Range:
-    """One tracked section: its tracker, the pages collected and not cleared yet, and whether it is armed."""
+class _Section:
+    """What one tracker watches: a section, or a whole block that ``shown`` sections show."""
 
     def __init__(self, section: MemoryRegionSection, tracker: Tracker) -> None:
         self.region = section.region
-        self.address = section.offset_within_address_space
         self.first = section.offset_within_region // PAGE_SIZE
-        self.tracker = tracker
-        self.collected = PageBitmap(tracker.pages)
-        self.armed = False
+        self.tracked = TrackedRange(tracker)
+        self.shown = 1
 
     def arm(self) -> None:
-        if self.armed:
+        if self.tracked.armed:
             # Another client joins. Writes to pages collected before and not cleared yet go unnoticed, so that the
             # next clear, made for a client that knows of those pages, would cost the new one its writes.
-            self._report(self.collected)
+            self._report(self.tracked.collected)
         else:
-            self.tracker.arm()
-            self.collected.clear()
-            self.armed = True
+            self.tracked.arm()
 
     def disarm(self) -> None:
-        if self.armed:
-            try:
-                if self.region.logging:  # it is the mapping that goes away
-                    self.sync()
-            except BaseException:
-                self._report_all()
-                raise
-            finally:
-                self.armed = False
-                self.tracker.disarm()
+        if not self.tracked.armed:
+            return
+        try:
+            if self.region.logging:  # it is the mapping that goes away
+                self.sync()
+        except BaseException:
+            self._report_all()
+            raise
+        finally:
+            self.tracked.disarm()
 
     def sync(self) -> None:
-        if self.armed:
-            words = np.zeros_like(self.collected.words)
-            self.tracker.collect(words)
-            fresh = PageBitmap(self.collected.pages, words)  # masks the tail
-            self.collected.merge(fresh.words)
-            self._report(fresh)
+        if self.tracked.armed:
+            self._report(self.tracked.collect())
         elif self.region.logging:  # arming failed: any page may have been written
             self._report_all()
 
+    def clear(self, first: int, count: int) -> None:
+        """Clear a range of the region's pages, as far as it lies here."""
+        self.tracked.clear(first - self.first, count)
+
     def _report_all(self) -> None:
-        everything = PageBitmap(self.tracker.pages)
-        everything.set(0, everything.pages)
+        everything = PageBitmap(self.tracked.pages)
+        everything.set()
         self._report(everything)
 
     def _report(self, found: PageBitmap) -> None:
         self.region.merge_dirty(found.words, self.first, found.pages)
 
-    def clear(self, first: int, count: int) -> None:
-        """Clear a range of the region's pages, as far as it lies here."""
-        start = max(first - self.first, 0)
-        end = min(first + count - self.first, self.collected.pages)
-        if not self.armed or start >= end:
-            return
-        window = clear_window(self.collected.pages, start, end - start)
-        wanted = PageBitmap(window.length)
-        wanted.merge(self.collected.extract(start, end - start), window.skip, end - start)
-        self.tracker.clear(window.first, window.length, wanted.words)
-        self.collected.clear(start, end - start)
-
 
 class TrackerListener(MemoryListener):
-    """Gives each section a tracker and merges what it collects. Offers only `log_sync`: for trackers that clear then.
+    """Gives each section a tracker, and merges what it collects when a subclass says so.
 
     Its lock covers each tracker call together with the cache and the merge, so that a clear never comes between a
     collect and its bookkeeping.
@@ -106,16 +81,19 @@ class TrackerListener(MemoryListener):
         attach: see `Attach`. Sections are cut to whole pages before.
         detach: see `Detach`.
         hold: keeps writers out while it is entered.
+        whole_blocks: one tracker for each region's whole block, however many sections show how much of it: for
+            mechanisms that watch the memory itself. What `attach` is given then is all of the region.
     """
 
     priority = 10
 
-    def __init__(self, attach: Attach, detach: Detach, hold: Hold = nullcontext) -> None:
+    def __init__(self, attach: Attach, detach: Detach, hold: Hold = nullcontext, *, whole_blocks: bool = False) -> None:
         self._attach = attach
         self._detach = detach
         self._hold = hold
+        self._whole_blocks = whole_blocks
         self._lock = threading.Lock()
-        self._ranges: dict[int, _Range] = {}
+        self._watched: dict[int, _Section] = {}
         self._going: list[MemoryRegionSection] = []
         self._coming: list[MemoryRegionSection] = []
 
@@ -155,65 +133,103 @@ class TrackerListener(MemoryListener):
             return error
         return None
 
+    def _key(self, section: MemoryRegionSection) -> int:
+        return id(section.region) if self._whole_blocks else section.offset_within_address_space
+
     def _remove(self, section: MemoryRegionSection) -> None:
+        key = self._key(section)
         with self._lock:
-            gone = self._ranges.pop(section.offset_within_address_space, None)
-            if gone is not None:
+            going = self._watched.get(key)
+            if going is None:
+                return
+            going.shown -= 1
+            if not going.shown:
+                del self._watched[key]
                 try:
-                    gone.disarm()
+                    going.disarm()
                 finally:
-                    self._detach(gone.tracker)
+                    self._detach(going.tracked.tracker)
 
     def _add(self, section: MemoryRegionSection) -> None:
-        pages = section.whole_pages()
+        key = self._key(section)
+        if self._whole_blocks and key in self._watched:
+            self._watched[key].shown += 1
+            return
+        pages = _whole_region(section) if self._whole_blocks else section.whole_pages()
         tracker = None if pages is None else self._attach(pages)
         if pages is not None and tracker is not None:
             with self._lock:
-                added = self._ranges[section.offset_within_address_space] = _Range(pages, tracker)
+                added = self._watched[key] = _Section(pages, tracker)
                 if section.region.logging:
                     added.arm()
 
     def log_start(self, section: MemoryRegionSection, old: Client, new: Client) -> None:
         """Arm, if nobody logged before; else tell those who join of what was collected and not cleared."""
         del old, new
-        self._with(section, _Range.arm)
+        self._with(section, _Section.arm)
 
     def log_stop(self, section: MemoryRegionSection, old: Client, new: Client) -> None:
         """Disarm, if nobody logs any more. If it is this listener that leaves, that waits for `commit`."""
         del old
         if not new and not section.region.logging:
-            self._with(section, _Range.disarm)
+            self._with(section, _Section.disarm)
+
+    def _with(self, section: MemoryRegionSection, action: Callable[[_Section], None]) -> None:
+        with self._lock:
+            watched = self._watched.get(self._key(section))
+            if watched is not None:
+                action(watched)
+
+
+class ClearingTrackerListener(TrackerListener):
+    """For trackers that clear when they collect: offers `log_sync` only."""
 
     def log_sync(self, section: MemoryRegionSection) -> None:
         """Collect a whole tracked range, and merge it."""
-        self._with(section, _Range.sync)
-
-    def _with(self, section: MemoryRegionSection, action: Callable[[_Range], None]) -> None:
-        with self._lock:
-            tracked = self._ranges.get(section.offset_within_address_space)
-            if tracked is not None:
-                action(tracked)
+        self._with(section, _Section.sync)
 
 
-class SplitTrackerListener(TrackerListener):
+class SplitTrackerListener(ClearingTrackerListener):
     """For trackers whose collect leaves pages unprotected until they are cleared."""
 
     def log_clear(self, section: MemoryRegionSection) -> None:
         """Clear those pages of a section that were collected."""
         first, count = page_span(section.offset_within_region, section.size)
-        address = section.offset_within_address_space
         with self._lock:
-            for tracked in self._ranges.values():
-                end = tracked.address + tracked.collected.pages * PAGE_SIZE
-                if tracked.address < address + section.size and address < end:
-                    tracked.clear(first, count)
+            for watched in self._watched.values():
+                if watched.region is section.region:
+                    watched.clear(first, count)
+
+
+class GlobalTrackerListener(TrackerListener):
+    """For trackers that share a log, which is collected for all of them at once: offers `log_sync_global`.
+
+    Writers are held for a moment before, so that what the hardware has noted but not logged yet is in the log.
+    """
+
+    def log_sync_global(self, last_stage: bool) -> None:
+        """Collect everything that is tracked, and merge it."""
+        del last_stage
+        with self._hold():
+            pass
+        with self._lock:
+            for watched in self._watched.values():
+                watched.sync()
 
 
 def tracker_listener(
-    attach: Attach, detach: Detach, hold: Hold = nullcontext, *, clears_on_collect: bool
+    attach: Attach, detach: Detach, hold: Hold = nullcontext, *, clears_on_collect: bool, whole_blocks: bool = False
 ) -> TrackerListener:
-    """The listener that suits a mechanism."""
-    return (TrackerListener if clears_on_collect else SplitTrackerListener)(attach, detach, hold)
+    """The listener that suits a mechanism whose ranges are collected one by one."""
+    kind = ClearingTrackerListener if clears_on_collect else SplitTrackerListener
+    return kind(attach, detach, hold, whole_blocks=whole_blocks)
+
+
+def _whole_region(section: MemoryRegionSection) -> MemoryRegionSection | None:
+    """All of the region that a section shows, if that is memory."""
+    if section.region.block is None or not section.direct:
+        return None
+    return replace(section, offset_within_region=0, offset_within_address_space=0, size=section.region.size)
 
 
 def _overlap(going: list[MemoryRegionSection], coming: list[MemoryRegionSection]) -> bool:
