@@ -16,7 +16,8 @@ from rich.console import Console
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # benchmarks/ is no part of the installed package
 
-from benchmarks.support.measure import SCHEMES, Run, Setup, measure
+from benchmarks.support.bare import SCHEMES
+from benchmarks.support.measure import Run, Setup, measure
 from benchmarks.support.peers import QEMU, Dirtylog, Peer
 from benchmarks.support.report import Host, encode, line, range_text, table
 from dirtylog.cli.main import exit_status

@@ -1,17 +1,17 @@
 """A process that runs a guest, or waits for one: started, driven over QMP, and ended here."""
 
 import os
-import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Final, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from benchmarks.support.child import running
 from dirtylog.control.qmp import QMPClient
 from dirtylog.errors import DisconnectedError, HostError, PeerError
 from dirtylog.guests.dirtier import COUNTER_ADDRESS, STARTED
@@ -22,7 +22,6 @@ GUEST_SECONDS: Final = 60.0
 """How long a guest may take for a few rounds. Hypervisors that emulate need seconds for a BIOS alone."""
 
 _POLL_SECONDS: Final = 0.02
-_END_SECONDS: Final = 5.0
 _REPLY_SECONDS: Final = 30.0
 _SLAB: Final = 32 * MIB
 _T = TypeVar("_T")
@@ -129,50 +128,8 @@ class Guest:
 
 @contextmanager
 def started(command: Sequence[str], files: Files) -> Iterator[Guest]:
-    """Start a process, and end it with the block; in the main thread only.
-
-    It gets a session of its own, so that Ctrl-C reaches the benchmark alone, which then ends it.
-    """
-    with ExitStack() as stack:
-        log = stack.enter_context(files.log.open("wb"))
-        with _signals_deferred():
-            process = subprocess.Popen(
-                list(command),
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                env=files.environment,
-                start_new_session=True,
-            )
-            stack.callback(_end, process)
+    """Start a process, see `running`, and its QMP session; both end with the block."""
+    with files.log.open("wb") as log, running(command, log, environment=files.environment) as process:
         guest = Guest(process, files)
-        stack.callback(guest.qmp.close)
-        yield guest
-
-
-@contextmanager
-def _signals_deferred() -> Iterator[None]:
-    """Act on SIGINT and SIGTERM after the block, which else could lose a process that it has just started."""
-    arrived: list[int] = []
-    previous = {
-        number: signal.signal(number, lambda number, _: arrived.append(number))
-        for number in (signal.SIGINT, signal.SIGTERM)
-    }
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-    for each in arrived:
-        signal.raise_signal(each)
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    try:
-        process.terminate()
-        process.wait(_END_SECONDS)
-    except subprocess.TimeoutExpired:
-        return
-    finally:
-        process.kill()  # does nothing to one that has ended
-        process.wait()
+        with closing(guest.qmp):
+            yield guest

@@ -3,6 +3,7 @@
 import os
 import tempfile
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from enum import Enum
@@ -10,15 +11,16 @@ from pathlib import Path
 from typing import Any, Final
 
 from msgspec import Struct
+from msgspec.structs import replace
 
+from benchmarks.support.bare import BareCopies, copy
 from benchmarks.support.guest import Files, Guest, started
 from benchmarks.support.peers import Launch, Peer
-from benchmarks.support.usage import CPUTime, ResidentMemory
+from benchmarks.support.usage import CPUTime, ResidentMemory, stolen
+from dirtylog.control.commands import PassInfo
 from dirtylog.control.qmp import Event
 from dirtylog.errors import GuestError, PeerError, ProtocolError
 from dirtylog.guests.dirtier import build, check_pages
-
-SCHEMES: Final = ("unix", "tcp")
 
 _ROUNDS_BEFORE: Final = 2  # then each page of the range has been written, and has its place in memory
 _ROUNDS_AFTER: Final = 2
@@ -35,7 +37,7 @@ class Setup:
         first: where the range begins that the guest writes.
         last: where it ends.
         limit: of the downtime.
-        scheme: one of `SCHEMES`.
+        scheme: one of `bare.SCHEMES`.
         timeout: a migration that takes longer counts as one that does not converge.
     """
 
@@ -77,16 +79,20 @@ class Run(Struct, frozen=True):
         last: where it ends.
         outcome: how it ended.
         load: the host's load average over the last minute, before.
+        steal: CPU time that the host lost during the migration, see `stolen`.
         wall: from the command until source and destination both had said that it is done.
         total: the peer's total-time.
         downtime: as the peer has it.
         stopped: from the source's STOP event to the destination's RESUME event.
+        expected_downtime: as the peer had estimated it when it decided to stop the guest, if it tells that afterwards.
         bytes: sent.
         pages: sent with contents.
         zero_pages: sent without.
         passes: over dirty memory, the one with the guest stopped included.
         source: what the source used.
         destination: what the destination used.
+        x_passes: what the peer tells of each pass, if anything; the last one is that with the guest stopped.
+        bare: the bytes of that pass copied by hand afterwards, if the peer tells how many they were.
     """
 
     peer: str
@@ -94,16 +100,20 @@ class Run(Struct, frozen=True):
     last: int
     outcome: Outcome
     load: float
+    steal: float
     wall: float
     total: float
     downtime: float | None
     stopped: float | None
+    expected_downtime: float | None
     bytes: int
     pages: int
     zero_pages: int
     passes: int
     source: Side
     destination: Side | None
+    x_passes: list[PassInfo]
+    bare: BareCopies | None = None
 
 
 def measure(peer: Peer, setup: Setup) -> Run:
@@ -127,38 +137,71 @@ def measure(peer: Peer, setup: Setup) -> Run:
         run = _migrate(peer, setup, source, destination, uri, load)
         if run.outcome is Outcome.COMPLETED:
             _check(peer, setup, source, destination, rounds)
-        return run
+    if run.outcome is Outcome.COMPLETED and run.x_passes:
+        return replace(run, bare=copy(run.x_passes[-1].bytes, setup.scheme))
+    return run
+
+
+@dataclass(frozen=True, slots=True)
+class _Watched:
+    """What was seen of a migration from outside: see `Run`."""
+
+    load: float
+    steal: float
+    wall: float
+    stopped: float | None
+    source: Side
+    destination: Side | None
 
 
 def _migrate(peer: Peer, setup: Setup, source: Guest, destination: Guest, uri: str, load: float) -> Run:
     for guest in (source, destination):
         guest.qmp.events()  # what happened before is of no interest
-    before = CPUTime.of(source.pid), CPUTime.of(destination.pid)
+    before, stolen_before = (CPUTime.of(source.pid), CPUTime.of(destination.pid)), stolen()
     began = time.monotonic()
     source.qmp.execute("migrate", uri=uri)
     end = _follow(source, began + setup.timeout)
     arrived = end.unfinished is None
     resume = destination.qmp.wait_event("RESUME", _ARRIVAL_SECONDS) if arrived else None
     wall = time.monotonic() - began
-    used = _side(source, before[0], setup.memory), _side(destination, before[1], setup.memory) if arrived else None
-    info = end.unfinished or _final_info(source)
+    watched = _Watched(
+        load=load,
+        steal=stolen() - stolen_before,
+        wall=wall,
+        stopped=_seconds(resume) - _seconds(end.stop) if end.stop is not None and resume is not None else None,
+        source=_side(source, before[0], setup.memory),
+        destination=_side(destination, before[1], setup.memory) if arrived else None,
+    )
+    return _run(peer, setup, watched, end.unfinished or _final_info(source), arrived=arrived)
+
+
+def _run(peer: Peer, setup: Setup, watched: _Watched, info: dict[str, Any], *, arrived: bool) -> Run:
+    passes = peer.each_pass(info)
     return Run(
         peer=peer.name,
         first=setup.first,
         last=setup.last,
         outcome=Outcome.COMPLETED if arrived else Outcome.DID_NOT_CONVERGE,
-        load=load,
-        wall=wall,
+        load=watched.load,
+        steal=watched.steal,
+        wall=watched.wall,
         total=info["total-time"] / 1e3,
         downtime=peer.downtime(info) if arrived else None,
-        stopped=_seconds(resume) - _seconds(end.stop) if end.stop is not None and resume is not None else None,
+        stopped=watched.stopped,
+        expected_downtime=_expected_downtime(passes) if arrived else None,
         bytes=info["ram"]["transferred"],
         pages=info["ram"]["normal"],
         zero_pages=info["ram"]["duplicate"],
         passes=info["ram"]["dirty-sync-count"],
-        source=used[0],
-        destination=used[1],
+        source=watched.source,
+        destination=watched.destination,
+        x_passes=passes,
     )
+
+
+def _expected_downtime(passes: Sequence[PassInfo]) -> float | None:
+    """The estimate after the last pass but one made the peer stop the guest; the last pass has none."""
+    return passes[-2].expected_downtime if len(passes) > 1 else None
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,9 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Protocol
 
+import msgspec
+
 import dirtylog
 from benchmarks.support.guest import STARTUP_SECONDS, Files, Guest
-from dirtylog.errors import HostError
+from dirtylog.control.commands import PassInfo
+from dirtylog.errors import HostError, ProtocolError
 from dirtylog.units import MIB
 
 QEMU_PROGRAM: Final = "qemu-system-x86_64"
@@ -54,6 +57,9 @@ class Peer(Protocol):
 
     def downtime(self, info: dict[str, Any]) -> float:
         """Seconds, as query-migrate has them."""
+
+    def each_pass(self, info: dict[str, Any]) -> list[PassInfo]:
+        """What query-migrate tells of each pass, if anything."""
 
 
 class QEMU:
@@ -101,6 +107,11 @@ class QEMU:
         """Whole milliseconds, until the source has sent everything; what the destination does after is not in it."""
         return float(info["downtime"]) / 1e3
 
+    def each_pass(self, info: dict[str, Any]) -> list[PassInfo]:
+        """It tells sums alone."""
+        del info
+        return []
+
 
 class Dirtylog:
     """The dirtylog that this Python imports."""
@@ -134,3 +145,14 @@ class Dirtylog:
     def downtime(self, info: dict[str, Any]) -> float:
         """From before the guest is stopped until the destination says that it starts it."""
         return float(info["x-downtime-us"]) / 1e6
+
+    def each_pass(self, info: dict[str, Any]) -> list[PassInfo]:
+        """The last hundred, in order.
+
+        Raises:
+            ProtocolError: query-migrate has something else.
+        """
+        try:
+            return msgspec.convert(info.get("x-passes"), list[PassInfo])
+        except msgspec.ValidationError as error:
+            raise ProtocolError(f"dirtylog does not describe the passes of its migration: {error}") from error

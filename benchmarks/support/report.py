@@ -45,17 +45,17 @@ class Metric:
 
     Attributes:
         name: what it is.
-        value: it, of one run; None where a run has none.
+        values: it, of one run; several if it was measured several times, None where a run has none.
         unit: a number of it for people.
     """
 
     name: str
-    value: Callable[[Run], float | None]
+    values: Callable[[Run], Sequence[float | None]]
     unit: Callable[[float], str]
 
     def summary(self, runs: Sequence[Run]) -> Summary | None:
         """Of those runs that have it."""
-        return Summary.of([value for run in runs if (value := self.value(run)) is not None])
+        return Summary.of([value for run in runs for value in self.values(run) if value is not None])
 
 
 def _beyond_guest(side: Side | None) -> int | None:
@@ -71,18 +71,20 @@ def _count(value: float) -> str:
 
 
 METRICS: Final = (
-    Metric("total time", lambda run: run.total, format_duration),
-    Metric("wall time, both sides", lambda run: run.wall, format_duration),
-    Metric("downtime, as reported", lambda run: run.downtime, format_duration),
-    Metric("STOP to RESUME", lambda run: run.stopped, format_duration),
-    Metric("bytes sent", lambda run: run.bytes, format_size),
-    Metric("pages sent", lambda run: run.pages, _count),
-    Metric("zero pages", lambda run: run.zero_pages, _count),
-    Metric("passes", lambda run: run.passes, _count),
-    Metric("CPU time, source", lambda run: _cpu(run.source), format_duration),
-    Metric("CPU time, dest.", lambda run: _cpu(run.destination), format_duration),
-    Metric("memory beyond guest RAM, source", lambda run: _beyond_guest(run.source), format_size),
-    Metric("memory beyond guest RAM, dest.", lambda run: _beyond_guest(run.destination), format_size),
+    Metric("total time", lambda run: [run.total], format_duration),
+    Metric("wall time, both sides", lambda run: [run.wall], format_duration),
+    Metric("downtime, as reported", lambda run: [run.downtime], format_duration),
+    Metric("STOP to RESUME", lambda run: [run.stopped], format_duration),
+    Metric("expected downtime", lambda run: [run.expected_downtime], format_duration),
+    Metric("bare copy of the final pass", lambda run: run.bare.seconds if run.bare else [], format_duration),
+    Metric("bytes sent", lambda run: [run.bytes], format_size),
+    Metric("pages sent", lambda run: [run.pages], _count),
+    Metric("zero pages", lambda run: [run.zero_pages], _count),
+    Metric("passes", lambda run: [run.passes], _count),
+    Metric("CPU time, source", lambda run: [_cpu(run.source)], format_duration),
+    Metric("CPU time, dest.", lambda run: [_cpu(run.destination)], format_duration),
+    Metric("memory beyond guest RAM, source", lambda run: [_beyond_guest(run.source)], format_size),
+    Metric("memory beyond guest RAM, dest.", lambda run: [_beyond_guest(run.destination)], format_size),
 )
 
 

@@ -1,4 +1,4 @@
-"""What a process has used of CPU and memory, from /proc (proc(5))."""
+"""What a process has used of CPU and memory, and what the host withheld, from /proc (proc(5))."""
 
 import os
 import re
@@ -10,6 +10,7 @@ from msgspec import Struct
 from dirtylog.units import KIB, MIB
 
 _STAT_USER_TIME: Final = 11  # field 14 of /proc/PID/stat, counted after the command's closing parenthesis
+_STAT_STEAL: Final = 8  # in the first line of /proc/stat, counted after its name
 _TICKS: Final = os.sysconf("SC_CLK_TCK")
 _SLACK: Final = 16 * MIB
 _MAPPING: Final = re.compile(r"([0-9a-f]+)-([0-9a-f]+) (?:rw.(.)|\S+) ")
@@ -41,6 +42,17 @@ class CPUTime(Struct, frozen=True):
     def since(self, earlier: "CPUTime") -> "CPUTime":
         """What was used in between."""
         return CPUTime(self.user - earlier.user, self.system - earlier.system)
+
+
+def stolen() -> float:
+    """Seconds since boot that this host's CPUs had work, but the hypervisor under it ran others."""
+    return parse_stolen(Path("/proc/stat").read_text())
+
+
+def parse_stolen(stat: str) -> float:
+    """From the text of /proc/stat: of all CPUs together, told in ticks; 0 where the kernel shows none."""
+    fields = stat.partition("\n")[0].split()[1:]
+    return int(fields[_STAT_STEAL - 1]) / _TICKS if len(fields) >= _STAT_STEAL else 0.0
 
 
 class ResidentMemory(Struct, frozen=True):

@@ -4,16 +4,39 @@ from io import StringIO
 import pytest
 from rich.console import Console
 
+from benchmarks.support.bare import BareCopies, Copy
 from benchmarks.support.measure import Outcome, Run, Side
 from benchmarks.support.report import ABSENT, METRICS, Host, Summary, encode, line, table
 from benchmarks.support.usage import CPUTime, ResidentMemory
+from dirtylog.control.commands import PassInfo
 from dirtylog.units import MIB, format_duration
 
 HOST = Host(kernel="6.1", cpu="A CPU", cpus=2, memory=1 << 34, python="3.11.2", peers={"QEMU": "7.2", "dirtylog": "1"})
 SIDE = Side(CPUTime(0.25, 0.5), ResidentMemory(90 * MIB, 20 * MIB, 10 * MIB, 60 * MIB, 60 * MIB), 30 * MIB)
 
 
-def run(peer: str, total: float, *, outcome: Outcome = Outcome.COMPLETED, last: int = 100 * MIB) -> Run:
+LAST_PASS = PassInfo(
+    number=3,
+    pages=256,
+    zero_pages=0,
+    bytes=MIB,
+    seconds=0.01,
+    starved=0.0,
+    dirtied=0,
+    bandwidth=1e8,
+    expected_downtime=None,
+)
+
+
+def run(
+    peer: str,
+    total: float,
+    *,
+    outcome: Outcome = Outcome.COMPLETED,
+    last: int = 100 * MIB,
+    expected: float | None = None,
+    bare: tuple[float, ...] = (),
+) -> Run:
     arrived = outcome is Outcome.COMPLETED
     return Run(
         peer=peer,
@@ -21,16 +44,20 @@ def run(peer: str, total: float, *, outcome: Outcome = Outcome.COMPLETED, last: 
         last=last,
         outcome=outcome,
         load=0.5,
+        steal=0.25,
         wall=total,
         total=total,
         downtime=0.05 if arrived else None,
         stopped=0.06 if arrived else None,
+        expected_downtime=expected,
         bytes=200 * MIB,
         pages=51_200,
         zero_pages=1000,
         passes=3,
         source=SIDE,
         destination=SIDE if arrived else None,
+        x_passes=[LAST_PASS] if bare else [],
+        bare=BareCopies(MIB, [Copy(seconds, 0.0) for seconds in bare]) if bare else None,
     )
 
 
@@ -73,6 +100,16 @@ def test_table_sets_medians_side_by_side_with_their_ratio() -> None:
     assert row(runs, "runs that converged") == ["3 of 3", "2 of 2"]
 
 
+def test_bare_copies_of_all_runs_are_one_figure() -> None:
+    runs = [run("QEMU", 1.0), run("dirtylog", 1.0, bare=(0.06, 0.05)), run("dirtylog", 1.0, bare=(0.07, 0.5, 0.06))]
+    assert row(runs, "bare copy of the final pass") == [ABSENT, "60.0 ms [50.0 ms .. 500.0 ms]", ABSENT]
+
+
+def test_expected_downtime_is_shown_of_the_peer_that_tells_it() -> None:
+    runs = [run("QEMU", 1.0), run("dirtylog", 1.0, expected=0.25), run("dirtylog", 1.0, expected=0.15)]
+    assert row(runs, "expected downtime") == [ABSENT, "200.0 ms [150.0 ms .. 250.0 ms]", ABSENT]
+
+
 def test_table_has_a_section_for_each_range() -> None:
     runs = [run("QEMU", 1.0), run("dirtylog", 1.0, last=512 * MIB)]
     titles = [cells[0] for cells in shown(runs) if cells and "guest writes" in cells[0]]
@@ -109,9 +146,32 @@ def test_this_host_is_described() -> None:
 
 
 def test_json_holds_every_run() -> None:
-    decoded = json.loads(encode(HOST, SIDE.cpu, [run("QEMU", 2.0), run("dirtylog", 1.0)]))
+    runs = [run("QEMU", 2.0), run("dirtylog", 1.0, expected=0.2, bare=(0.05, 0.06))]
+    decoded = json.loads(encode(HOST, SIDE.cpu, runs))
     assert decoded["host"]["peers"] == {"QEMU": "7.2", "dirtylog": "1"}
     assert decoded["setup"] == {"user": 0.25, "system": 0.5}
     assert [one["total"] for one in decoded["runs"]] == [2.0, 1.0]
     assert decoded["runs"][0]["outcome"] == "completed"
     assert decoded["runs"][0]["source"]["memory"]["guest"] == 60 * MIB
+    assert [one["steal"] for one in decoded["runs"]] == [0.25, 0.25]
+    assert [one["expected_downtime"] for one in decoded["runs"]] == [None, 0.2]
+    assert [one["bare"] for one in decoded["runs"]] == [
+        None,
+        {"size": MIB, "copies": [{"seconds": 0.05, "steal": 0.0}, {"seconds": 0.06, "steal": 0.0}]},
+    ]
+
+
+def test_json_holds_the_passes_as_query_migrate_names_them() -> None:
+    decoded = json.loads(encode(HOST, SIDE.cpu, [run("dirtylog", 1.0, bare=(0.05,))]))
+    (one,) = decoded["runs"][0]["x_passes"]
+    assert one == {
+        "number": 3,
+        "pages": 256,
+        "zero-pages": 0,
+        "bytes": MIB,
+        "seconds": 0.01,
+        "starved": 0.0,
+        "dirtied": 0,
+        "bandwidth": 1e8,
+        "expected-downtime": None,
+    }

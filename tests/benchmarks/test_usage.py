@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.support.usage import CPUTime, ResidentMemory, resident_guest_ram
+from benchmarks.support.usage import CPUTime, ResidentMemory, parse_stolen, resident_guest_ram, stolen
 from dirtylog.units import KIB, MIB
 
 STATUS = """Name:\tx
@@ -35,6 +35,25 @@ def test_cpu_time_in_between_is_a_difference() -> None:
 def test_cpu_time_of_this_process_is_what_the_kernel_counts() -> None:
     seen = CPUTime.of(os.getpid())
     assert seen.total <= sum(os.times()[:2]) + 0.05
+
+
+@pytest.mark.parametrize(
+    ("stat", "ticks"),
+    [
+        ("cpu  1 2 3 4 5 6 7 80 9 10\ncpu0 1 2 3 4 5 6 7 40 9 10\n", 80),
+        ("cpu  1 2 3 4 5 6 7 80\n", 80),
+        ("cpu  1 2 3 4 5 6 7\ncpu0 1 2 3 4 5 6 7 8 9 10\n", 0),
+        ("", 0),
+    ],
+    ids=["all", "last", "none", "nothing"],
+)
+def test_steal_is_the_eighth_number_of_the_first_line_or_0(stat: str, ticks: int) -> None:
+    assert parse_stolen(stat) == ticks / os.sysconf("SC_CLK_TCK")
+
+
+def test_steal_of_this_host_never_shrinks() -> None:
+    before = stolen()
+    assert 0 <= before <= stolen()
 
 
 def test_memory_beyond_the_guest_is_the_peak_without_guest_ram() -> None:

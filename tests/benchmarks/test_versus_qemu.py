@@ -92,7 +92,10 @@ def test_both_peers_are_measured_in_turn(qemu: None, folder: Path) -> None:
     assert [run["outcome"] for run in decoded["runs"]] == ["completed", "completed"]
     assert all(0 < run["downtime"] < run["total"] for run in decoded["runs"])
     assert all(run[side]["beyond_guest"] > 0 for run in decoded["runs"] for side in ("source", "destination"))
+    assert [bool(run["x_passes"]) for run in decoded["runs"]] == [False, True]
+    assert decoded["runs"][1]["bare"]["size"] == decoded["runs"][1]["x_passes"][-1]["bytes"]
     assert "guest writes 1..8 MiB" in output
+    assert "bare copy of the final pass" in output
     assert errors.count("run 1 of 1") == 2
     assert list(folder.iterdir()) == [result]
 
