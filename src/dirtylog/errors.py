@@ -5,7 +5,11 @@
     DirtylogError
     ├── UsageError           the caller asked for something that cannot be
     │   ├── ClosedError      the object was closed before
-    │   └── AccessError      nothing answers there, or what is there refuses
+    │   ├── AccessError      nothing answers there, or what is there refuses
+    │   ├── UntrackableError  this memory cannot be watched in this way
+    │   │   └── AlreadyWatchedError  somebody watches it already
+    │   ├── LostMappingError  the memory was unmapped or replaced while it was watched
+    │   └── ForkedError      the object belongs to the process that made it
     ├── HostError            the host lacks something; the remedy says how to get it
     ├── KernelError          the kernel refused a system call
     ├── GuestError           the guest did something that no machine can go on from
@@ -55,6 +59,22 @@ class AccessError(UsageError):
         self.address = address
         self.size = size
         super().__init__(f"{cause}: {size} bytes at {address:#x}")
+
+
+class UntrackableError(UsageError):
+    """Memory that cannot be watched, or not by this mechanism."""
+
+
+class AlreadyWatchedError(UntrackableError):
+    """Memory that somebody watches by a mechanism that serves one watcher only."""
+
+
+class LostMappingError(UsageError):
+    """Memory was unmapped, moved or replaced while it was watched: what was written to it last is not known."""
+
+
+class ForkedError(UsageError):
+    """An object was used in a child of the process that made it, whose memory is another."""
 
 
 class HostError(DirtylogError):

@@ -1,13 +1,16 @@
 import ctypes
+import mmap
 import os
 import platform
 from collections.abc import Iterator
 from contextlib import closing
 
 import pytest
+from support.forks import in_child, refused_with
+from support.mappings import address_of
 from support.require import require
 
-from dirtylog.errors import ClosedError, HostError, KernelError
+from dirtylog.errors import AlreadyWatchedError, ClosedError, ForkedError, HostError, KernelError, UntrackableError
 from dirtylog.linux import ioctl, userfaultfd
 from dirtylog.linux.mapping import MemfdMapping
 from dirtylog.linux.userfaultfd import Access, Feature, RegisterMode, Userfaultfd
@@ -76,8 +79,27 @@ def test_memory_registers_and_unregisters(watch: Userfaultfd) -> None:
 
 
 def test_part_of_a_page_is_refused(watch: Userfaultfd) -> None:
-    with closing(MemfdMapping("test", PAGE_SIZE)) as memory, pytest.raises(KernelError, match="UFFDIO_REGISTER failed"):
+    with closing(MemfdMapping("test", PAGE_SIZE)) as memory, pytest.raises(UntrackableError, match="is not all"):
         watch.register(memory.address + 1, PAGE_SIZE, RegisterMode.MISSING)
+
+
+def test_memory_of_another_userfaultfd_is_refused(watch: Userfaultfd) -> None:
+    with closing(MemfdMapping("test", PAGE_SIZE)) as memory, Userfaultfd() as other:
+        other.register(memory.address, PAGE_SIZE, RegisterMode.MISSING)
+        with pytest.raises(AlreadyWatchedError, match="watched by another"):
+            watch.register(memory.address, PAGE_SIZE, RegisterMode.MISSING)
+
+
+def test_what_was_unmapped_meanwhile_unregisters_all_the_same(watch: Userfaultfd) -> None:
+    pages = mmap.mmap(-1, PAGE_SIZE)
+    address = address_of(pages)
+    watch.register(address, PAGE_SIZE, RegisterMode.MISSING)
+    pages.close()
+    watch.unregister(address, PAGE_SIZE)
+
+
+def test_userfaultfd_of_a_parent_is_refused(watch: Userfaultfd) -> None:
+    assert in_child(lambda: refused_with(ForkedError, lambda: watch.unregister(0, PAGE_SIZE)))
 
 
 def test_descriptor_is_not_inherited(watch: Userfaultfd) -> None:

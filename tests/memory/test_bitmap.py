@@ -52,6 +52,25 @@ def test_bits_past_the_end_of_given_words_are_dropped() -> None:  # D9
     assert to_bits(PageBitmap(70, to_words(range(128), 128)).words) == set(range(70))
 
 
+@given(st.integers(0, 300), st.sets(st.integers(0, 300)), st.booleans())
+def test_bitmap_from_runs_agrees_with_the_oracle(pages: int, bits: set[int], touching: bool) -> None:  # W1 D9
+    _, oracle = filled(pages, bits)
+    runs = [[page, 1] for page in sorted(oracle.bits)] if touching else oracle.runs()
+    starts, ends = (np.array([run[0] + run[1] * last for run in runs], np.int64) for last in (0, 1))
+
+    bitmap = PageBitmap.from_runs(pages, starts, ends)
+
+    assert to_bits(bitmap.words) == oracle.bits
+
+
+@pytest.mark.parametrize("runs", [[(3, 3)], [(4, 3)], [(-1, 3)], [(0, 101)], [(0, 5), (4, 6)], [(5, 6), (0, 1)]])
+def test_runs_that_overlap_or_leave_the_bitmap_are_refused(runs: list[tuple[int, int]]) -> None:  # D1
+    starts, ends = np.array(runs, np.int64).T
+
+    with pytest.raises(UsageError, match="not ascending runs of 100"):
+        PageBitmap.from_runs(100, starts, ends)
+
+
 @pytest.mark.parametrize("bits", [set(), set(range(200)), set(range(0, 200, 3)), {63, 64, 127, 128, 199}])
 def test_every_alignment_of_a_range_agrees_with_the_oracle(bits: set[int]) -> None:  # W4
     source = to_words([bit for bit in range(200) if bit % 5 < 3], 200)

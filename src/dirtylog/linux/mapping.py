@@ -23,6 +23,7 @@ _F_SEAL_GROW = 4
 
 _MADV_COLLAPSE = 25  # Linux 6.1
 _MAP_FIXED = 0x10
+_MS_ASYNC = 1
 _MAP_NORESERVE = 0x4000
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -37,6 +38,8 @@ _libc.mmap.argtypes = (
     ctypes.c_longlong,
 )
 _libc.mmap.restype = ctypes.c_void_p
+_libc.msync.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+_libc.msync.restype = ctypes.c_int
 _libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_longlong, ctypes.c_longlong)
 _libc.fallocate.restype = ctypes.c_int
 
@@ -61,6 +64,14 @@ def _check(call: str, result: int) -> None:
     if result == -1:
         code = ctypes.get_errno()
         raise kernel_error(call, OSError(code, os.strerror(code)))
+
+
+def is_mapped(address: int, size: int) -> bool:
+    """Whether every page of a range of this process is mapped to something.
+
+    msync(2) with MS_ASYNC does nothing on Linux since 2.6.19, but to look for gaps.
+    """
+    return bool(_libc.msync(address, size, _MS_ASYNC) == 0)
 
 
 class _Mapped:

@@ -6,6 +6,7 @@ again in the same step, so that no write between the two goes unseen.
 """
 
 import ctypes
+import errno
 import os
 from contextlib import closing
 from enum import IntFlag
@@ -14,9 +15,10 @@ from typing import Final, Self
 import numpy as np
 import numpy.typing as npt
 
-from dirtylog.errors import ClosedError, HostError, UsageError
+from dirtylog.errors import ClosedError, HostError, KernelError, LostMappingError, UsageError
 from dirtylog.linux.ioctl import ioctl, iowr, kernel_error
 from dirtylog.linux.mapping import MemfdMapping
+from dirtylog.linux.process import MadeBy
 from dirtylog.units import PAGE_SIZE
 
 PAGEMAP: Final = "/proc/self/pagemap"
@@ -28,7 +30,8 @@ ENTRY_SOFT_DIRTY: Final = 1 << 55
 REGION: Final = np.dtype([("start", "<u8"), ("end", "<u8"), ("categories", "<u8")])
 """struct page_region: a range of addresses whose pages have the same categories."""
 
-_REGIONS_PER_CALL: Final = 4096
+_REGIONS_PER_CALL: Final = 1 << 15
+_ENTRIES_PER_READ: Final = 1 << 16
 
 
 class Category(IntFlag):
@@ -84,6 +87,8 @@ class Pagemap:
     """
 
     def __init__(self, path: str = PAGEMAP) -> None:
+        self._made_by = MadeBy()
+        self._regions = np.empty(_REGIONS_PER_CALL, REGION)
         try:
             self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
@@ -114,42 +119,87 @@ class Pagemap:
             raise UsageError(f"{pages} pages from {address:#x} on are not all user addresses")
         return np.frombuffer(content, np.uint64)
 
-    def scan(self, start: int, end: int, wanted: Category, *, protect: bool = False) -> npt.NDArray[np.void]:
+    def scan(
+        self, start: int, end: int, wanted: Category, *, protect: bool = False, watched: bool = False
+    ) -> npt.NDArray[np.void]:
         """The ranges in [start, end) whose pages are in every ``wanted`` category, as a sorted array of `REGION`.
+
+        Not to be called by two threads at once.
 
         Args:
             start: a page's address.
             end: a page's address.
             wanted: the categories asked for; those that a page has among them are in its region's ``categories``.
-            protect: also write-protect the pages found, in the same step. The range must be registered with a
-                userfaultfd that has WP_ASYNC, and is refused otherwise.
+            protect: also write-protect the pages found, in the same step.
+            watched: expect the range to be registered with a userfaultfd that has WP_ASYNC, as ``protect`` does.
 
         Raises:
-            KernelError: the kernel has no PAGEMAP_SCAN (ENOTTY), or refuses to protect (EPERM).
+            HostError: the kernel has no PAGEMAP_SCAN.
+            LostMappingError: some mapping in the range is not registered.
         """
         flags = ScanFlag.WP_MATCHING | ScanFlag.CHECK_WPASYNC if protect else ScanFlag(0)
+        if watched:
+            flags |= ScanFlag.CHECK_WPASYNC
         found = []
         while start < end:
-            regions = np.empty(_REGIONS_PER_CALL, REGION)
             argument = ScanArgument(
                 size=ctypes.sizeof(ScanArgument),
                 flags=int(flags),
                 start=start,
                 end=end,
-                vec=regions.ctypes.data,
-                vec_len=len(regions),
+                vec=self._regions.ctypes.data,
+                vec_len=len(self._regions),
                 category_mask=int(wanted),
                 return_mask=int(wanted),
             )
-            count = ioctl(self._open_fd(), PAGEMAP_SCAN, argument)
-            found.append(regions[:count])
-            start = argument.walk_end
-        return np.concatenate(found) if found else np.empty(0, REGION)
+            count = self._scan(argument)
+            found.append(self._regions[:count].copy())
+            # The kernel says where it stopped for want of room last, also if it went on from there to the end: asking
+            # anew from that place would find the rest a second time.
+            start = end if count < _REGIONS_PER_CALL else max(argument.walk_end, int(found[-1]["end"][-1]))
+        return found[0] if len(found) == 1 else np.concatenate(found) if found else np.empty(0, REGION)
+
+    def _scan(self, argument: ScanArgument) -> int:
+        try:
+            return ioctl(self._open_fd(), PAGEMAP_SCAN, argument)
+        except KernelError as error:
+            if error.errno == errno.ENOTTY:
+                raise HostError("this kernel has no PAGEMAP_SCAN", remedy="use Linux 6.7 or newer") from error
+            if error.errno == errno.EPERM:
+                raise LostMappingError(
+                    f"some of the memory at {argument.start:#x} to {argument.end:#x} is not watched",
+                    remedy="what replaces watched memory needs a watch of its own",
+                ) from error
+            raise
+
+    def soft_dirty(self, address: int, pages: int) -> npt.NDArray[np.uint64]:
+        """Which of ``pages`` pages have the soft-dirty bit: a bit a page, in little-endian 64-bit words."""
+        words = np.zeros((pages + 63) // 64, np.uint64)
+        for first in range(0, pages, _ENTRIES_PER_READ):
+            count = min(_ENTRIES_PER_READ, pages - first)
+            entries = self.entries(address + first * PAGE_SIZE, count)
+            bits = np.packbits((entries & np.uint64(ENTRY_SOFT_DIRTY)).astype(np.bool_), bitorder="little")
+            words.view(np.uint8)[first // 8 :][: bits.size] = bits
+        return words
 
     def _open_fd(self) -> int:
         if self.fd < 0:
             raise ClosedError("this pagemap was closed")
+        self._made_by.check("a pagemap")
         return self.fd
+
+
+def clear_soft_dirty() -> None:
+    """Clear the soft-dirty bits of the whole process, so that the next write to each page sets its bit.
+
+    Writes of other threads that come between a reading of the bits and this are forgotten: hold them meanwhile.
+    (Documentation/admin-guide/mm/soft-dirty.rst.)
+    """
+    try:
+        with open(CLEAR_REFS, "wb", buffering=0) as file:
+            file.write(b"4")
+    except OSError as error:
+        raise kernel_error(f"write to {CLEAR_REFS}", error) from error
 
 
 def has_soft_dirty() -> bool:

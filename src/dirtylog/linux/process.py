@@ -2,9 +2,11 @@
 
 import os
 import select
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
+
+from dirtylog.errors import ForkedError
 
 _STAT_START_TIME = 19  # field 22 of /proc/PID/stat, counted after the command's closing parenthesis (proc(5))
 
@@ -53,6 +55,30 @@ class ProcessName:
             return _start_time(self.pid) != self.start_time
         except OSError:
             return False
+
+
+@dataclass(frozen=True, slots=True)
+class MadeBy:
+    """The process that made an object which means nothing in another, such as one about its memory."""
+
+    pid: int = field(default_factory=os.getpid)
+
+    @property
+    def is_this(self) -> bool:
+        """Whether the caller is still that process."""
+        return os.getpid() == self.pid
+
+    def check(self, what: str) -> None:
+        """Refuse other processes.
+
+        Raises:
+            ForkedError: this is a child of the process that made ``what``.
+        """
+        if not self.is_this:
+            raise ForkedError(
+                f"{what} was made by process {self.pid} and tells of its memory, not of this child's",
+                remedy="make a new one in the child",
+            )
 
 
 def _boot_id() -> str:

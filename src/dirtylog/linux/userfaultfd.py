@@ -7,13 +7,15 @@ write protection hands no fault to anybody, so the last way serves it as well as
 """
 
 import ctypes
+import errno
 import os
 import platform
 from enum import Enum, IntFlag
 from typing import Final, Self
 
-from dirtylog.errors import ClosedError, HostError, KernelError
+from dirtylog.errors import AlreadyWatchedError, ClosedError, HostError, KernelError, UntrackableError
 from dirtylog.linux.ioctl import io, ioctl, ior, iowr, kernel_error
+from dirtylog.linux.process import MadeBy
 
 USERFAULTFD_DEVICE: Final = "/dev/userfaultfd"
 API: Final = 0xAA
@@ -105,6 +107,7 @@ class Userfaultfd:
     """
 
     def __init__(self, wanted: Feature = Feature.NONE, *, device: str = USERFAULTFD_DEVICE) -> None:
+        self._made_by = MadeBy()
         self.fd, self.access = _open(device)
         argument = ApiArgument(api=API, features=int(wanted))
         try:
@@ -130,18 +133,47 @@ class Userfaultfd:
             os.close(fd)
 
     def register(self, address: int, size: int, mode: RegisterMode) -> None:
-        """Watch whole pages of one mapping, or of several that touch. Nothing is protected by this alone."""
+        """Watch whole pages of one mapping, or of several that touch. Nothing is protected by this alone.
+
+        Raises:
+            AlreadyWatchedError: another userfaultfd watches some of it.
+            UntrackableError: some of it is not mapped, or is memory that userfaultfd does not serve.
+        """
         argument = RegisterArgument(RangeArgument(address, size), int(mode))
-        ioctl(self._open_fd(), UFFDIO_REGISTER, argument)
+        try:
+            ioctl(self._open_fd(), UFFDIO_REGISTER, argument)
+        except KernelError as error:
+            raise _refused(error, address, size) from error
 
     def unregister(self, address: int, size: int) -> None:
-        """Stop watching; pages that were protected become writable."""
-        ioctl(self._open_fd(), UFFDIO_UNREGISTER, RangeArgument(address, size))
+        """Stop watching; pages that were protected become writable. What was unmapped meanwhile needs none of it."""
+        try:
+            ioctl(self._open_fd(), UFFDIO_UNREGISTER, RangeArgument(address, size))
+        except KernelError as error:
+            if error.errno != errno.EINVAL:
+                raise
 
     def _open_fd(self) -> int:
         if self.fd < 0:
             raise ClosedError("this userfaultfd was closed")
+        self._made_by.check("a userfaultfd")
         return self.fd
+
+
+def _refused(error: KernelError, address: int, size: int) -> Exception:
+    where = f"the memory at {address:#x} to {address + size:#x}"
+    if error.errno == errno.EBUSY:
+        return AlreadyWatchedError(
+            f"{where} is watched by another userfaultfd", remedy="close the other watch first, or share it"
+        )
+    if error.errno == errno.EPERM:
+        return UntrackableError(f"{where} can never be written here", remedy="map it with write permission")
+    if error.errno in (errno.EINVAL, errno.ENOMEM):
+        return UntrackableError(
+            f"{where} is not all anonymous memory, shared memory or huge pages (userfaultfd: {error.cause})",
+            remedy="a mapped file can be watched by comparison, or kept in /dev/shm or a memfd",
+        )
+    return error
 
 
 def _open(device: str) -> tuple[int, Access]:
