@@ -1,0 +1,91 @@
+"""Writes to this process's memory, noted by write protection that lifts itself (userfaultfd WP_ASYNC, PAGEMAP_SCAN).
+
+Clearing takes one call for any number of scattered pages: the span from the first to the last page that is named is
+scanned and protected in one step. That protects pages, too, that were not named, among them some written since the last
+collect. The scan tells which they were; they are kept, and reported by the next collect, so that nothing is lost (D1).
+"""
+
+import numpy as np
+
+from dirtylog.errors import UsageError
+from dirtylog.linux.userfaultfd import USERFAULTFD_DEVICE
+from dirtylog.linux.write_watch import Regions, WriteWatch
+from dirtylog.memory import PageBitmap, Words
+from dirtylog.units import PAGE_SIZE, WORD_BITS
+
+
+class WriteWatchTracker:
+    """Watches memory of the own process. What is noted and what not stands in `linux.write_watch`.
+
+    Args:
+        address: where the memory is, on a page boundary.
+        pages: how many.
+        initially_set: report every page first, as never-protected ones are. Arming then takes no time, however large
+            the memory; else every page is protected at once.
+        device: where userfaultfd's is.
+    """
+
+    def __init__(
+        self, address: int, pages: int, *, initially_set: bool = False, device: str = USERFAULTFD_DEVICE
+    ) -> None:
+        self._address = address
+        self._pages = pages
+        self._initially_set = initially_set
+        self._device = device
+        self._watch: WriteWatch | None = None
+        self._kept = PageBitmap(pages)
+
+    @property
+    def pages(self) -> int:
+        """The length of the range."""
+        return self._pages
+
+    def arm(self) -> None:
+        """Register the memory; protect it, unless all of it is to be reported first.
+
+        Raises:
+            HostError: this kernel, or this user's permissions, do not allow it.
+            UntrackableError: the memory is of another kind, or somebody watches it.
+        """
+        watch = WriteWatch(self._address, self._pages * PAGE_SIZE, device=self._device)
+        try:
+            if not self._initially_set:
+                watch.written(0, watch.size, protect=True)
+        except BaseException:
+            watch.close()
+            raise
+        self._watch = watch
+        self._kept.clear()
+
+    def collect(self, words: Words) -> None:
+        """One scan of all."""
+        watch = self._armed()
+        np.bitwise_or(self._bitmap(watch.written(0, watch.size)).words, self._kept.words, out=words)
+
+    def clear(self, first: int, count: int, words: Words) -> None:
+        """One scan, which protects what it finds."""
+        watch = self._armed()
+        named = np.flatnonzero(words)
+        if not named.size:
+            return
+        low = first + int(named[0]) * WORD_BITS
+        high = min(first + (int(named[-1]) + 1) * WORD_BITS, first + count)
+        protected = watch.written(low * PAGE_SIZE, (high - low) * PAGE_SIZE, protect=True)
+        self._kept.words |= self._bitmap(protected).words
+        self._kept.words[first // WORD_BITS :][: words.size] &= ~words
+
+    def disarm(self) -> None:
+        """Watch no more."""
+        watch, self._watch = self._watch, None
+        if watch is not None:
+            watch.close()
+
+    def _armed(self) -> WriteWatch:
+        if self._watch is None:
+            raise UsageError("the tracker is not armed")
+        return self._watch
+
+    def _bitmap(self, regions: Regions) -> PageBitmap:
+        base = np.uint64(self._address)
+        starts, ends = ((regions[name] - base).astype(np.int64) // PAGE_SIZE for name in ("start", "end"))
+        return PageBitmap.from_runs(self._pages, starts, ends)
