@@ -2,14 +2,16 @@ import ctypes
 import errno
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
 from support.kvm import open_descriptors
+from support.own_memory import Unowned, as_array, mapped_file
 
 from dirtylog.errors import ClosedError, HostError, KernelError, UsageError
 from dirtylog.linux import mapping as mapping_module
-from dirtylog.linux.mapping import MemfdMapping
+from dirtylog.linux.mapping import MemfdMapping, is_mapped, is_readable
 from dirtylog.units import HUGE_PAGE_SIZE, MIB, PAGE_SIZE
 
 
@@ -173,3 +175,44 @@ def test_host_without_huge_pages_is_asked_once(large: MemfdMapping, monkeypatch:
     monkeypatch.setattr(mapping_module, "_libc", Kernel())
     assert [large.make_huge(start) for start in (0, HUGE_PAGE_SIZE)] == [False, False]
     assert len(asked) == 1
+
+
+@pytest.mark.parametrize("page", [0, 5, 15])
+def test_gap_in_a_range_is_found(page: int) -> None:
+    memory = Unowned(16)
+    assert is_mapped(memory.address, memory.size)
+    assert is_readable(memory.address, memory.size)
+    memory.unmap(page, 1)
+    assert not is_mapped(memory.address, memory.size)
+    assert not is_readable(memory.address, memory.size)
+    memory.replace(page, 1)
+    assert is_mapped(memory.address, memory.size)
+
+
+def test_file_that_was_cut_short_is_not_readable(tmp_path: Path) -> None:
+    array = as_array(mapped_file(tmp_path, 16))
+    assert is_readable(array.ctypes.data, array.size)
+    os.truncate(tmp_path / "mapped", 8 * PAGE_SIZE)
+    assert is_mapped(array.ctypes.data, array.size)
+    assert not is_readable(array.ctypes.data, array.size)
+    assert is_readable(array.ctypes.data, array.size // 2)
+
+
+def test_part_of_a_page_is_asked_for_whole() -> None:
+    memory = Unowned(2)
+    memory.unmap(1, 1)
+    assert is_readable(memory.address + 100, PAGE_SIZE - 100)
+    assert not is_readable(memory.address + 100, PAGE_SIZE)
+
+
+def test_kernel_that_does_not_know_the_question_is_trusted(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Kernel:
+        def msync(self, address: int, size: int, flags: int) -> int:
+            return 0
+
+        def madvise(self, address: int, size: int, advice: int) -> int:
+            ctypes.set_errno(errno.EINVAL)
+            return -1
+
+    monkeypatch.setattr(mapping_module, "_libc", Kernel())
+    assert is_readable(0, PAGE_SIZE)

@@ -6,6 +6,7 @@ from contextlib import closing
 import numpy as np
 import pytest
 from support.forks import in_child, refused_with
+from support.oracles import to_bits
 from support.require import require
 
 from dirtylog.errors import ClosedError, ForkedError, HostError, LostMappingError, UsageError
@@ -141,3 +142,19 @@ def test_soft_dirty_agrees_with_the_pagemap_of_a_new_page(memory: MemfdMapping) 
     with open(pagemap.PAGEMAP, "rb", buffering=0) as file:
         entry = int.from_bytes(os.pread(file.fileno(), 8, memory.address // PAGE_SIZE * 8), "little")
     assert pagemap.has_soft_dirty() == bool(entry & pagemap.ENTRY_SOFT_DIRTY)
+
+
+def test_soft_dirty_bits_are_gathered_across_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    dirty = {0, 63, 64, 99, 65_536, 65_599}
+
+    def entries(_: Pagemap, address: int, pages: int) -> np.ndarray:
+        found = np.full(pages, ~np.uint64(pagemap.ENTRY_SOFT_DIRTY))
+        for page in dirty:
+            if 0 <= page - address // PAGE_SIZE < pages:
+                found[page - address // PAGE_SIZE] = pagemap.ENTRY_SOFT_DIRTY
+        return found
+
+    monkeypatch.setattr(Pagemap, "entries", entries)
+    with Pagemap() as opened:
+        assert to_bits(opened.soft_dirty(0, 65_600)) == dirty
+        assert to_bits(opened.soft_dirty(60 * PAGE_SIZE, 40)) == {3, 4, 39}

@@ -7,10 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from support.forks import in_child, refused_with
 from support.waiting import Task
 
+from dirtylog.errors import ForkedError
 from dirtylog.linux import process as process_module
-from dirtylog.linux.process import ProcessName, thread_starved_ns
+from dirtylog.linux.process import MadeBy, ProcessName, thread_starved_ns
 
 _WAITS = [sys.executable, "-c", "input()"]
 
@@ -121,3 +123,18 @@ def test_kernel_without_the_counter_counts_nothing(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr("pathlib.Path.read_text", missing)
     assert thread_starved_ns() == 0
+
+
+def test_maker_is_this_process_and_not_its_child() -> None:
+    maker = MadeBy()
+    maker.check("it")
+    assert maker.is_this
+    assert maker == MadeBy()
+    assert in_child(lambda: not maker.is_this and maker != MadeBy())
+    assert in_child(lambda: refused_with(ForkedError, lambda: maker.check("it")))
+
+
+def test_refusal_names_the_maker_and_the_remedy() -> None:
+    with pytest.raises(ForkedError, match="the watch was made by process 1 ") as caught:
+        MadeBy(1).check("the watch")
+    assert caught.value.remedy == "make a new one in the child"

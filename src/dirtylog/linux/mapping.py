@@ -12,9 +12,10 @@ import numpy.typing as npt
 
 from dirtylog.errors import ClosedError, HostError, UsageError
 from dirtylog.linux.ioctl import kernel_error
-from dirtylog.units import HUGE_PAGE_SIZE, PAGE_SIZE, format_size
+from dirtylog.units import HUGE_PAGE_SIZE, PAGE_SIZE, align_down, align_up, format_size
 
-_MADV_POPULATE_WRITE = 23  # Linux 5.14, include/uapi/asm-generic/mman-common.h
+_MADV_POPULATE_READ = 22  # both since Linux 5.14, include/uapi/asm-generic/mman-common.h
+_MADV_POPULATE_WRITE = 23
 _FALLOC_FL_KEEP_SIZE = 1
 _FALLOC_FL_PUNCH_HOLE = 2
 _F_ADD_SEALS = 1033
@@ -72,6 +73,19 @@ def is_mapped(address: int, size: int) -> bool:
     msync(2) with MS_ASYNC does nothing on Linux since 2.6.19, but to look for gaps.
     """
     return bool(_libc.msync(address, size, _MS_ASYNC) == 0)
+
+
+def is_readable(address: int, size: int) -> bool:
+    """Whether reading a range of this process, all of one mapping, is safe: it is mapped, and so is what is behind it.
+
+    A file that was cut short is short at its end, so the last page is asked for: reading it would raise SIGBUS. Where
+    nobody knows the question (EINVAL: an older kernel, memory of a device) the answer is yes.
+    """
+    start, end = align_down(address, PAGE_SIZE), align_up(address + size, PAGE_SIZE)
+    if not is_mapped(start, end - start):
+        return False
+    answer = _libc.madvise(end - PAGE_SIZE, PAGE_SIZE, _MADV_POPULATE_READ)
+    return answer == 0 or ctypes.get_errno() == errno.EINVAL
 
 
 class _Mapped:

@@ -30,7 +30,14 @@ ENTRY_SOFT_DIRTY: Final = 1 << 55
 REGION: Final = np.dtype([("start", "<u8"), ("end", "<u8"), ("categories", "<u8")])
 """struct page_region: a range of addresses whose pages have the same categories."""
 
-_REGIONS_PER_CALL: Final = 1 << 15
+_REMEDIES: Final = {
+    errno.ENOENT: "use a kernel with CONFIG_PROC_PAGE_MONITOR, and mount /proc",
+    # A process that changed its user belongs to root in /proc until it can be dumped again (proc(5)).
+    errno.EACCES: "if this process changed its user, start it as that user, or have it call prctl(PR_SET_DUMPABLE, 1)",
+    errno.EMFILE: "raise the limit shown by 'ulimit -n'",
+}
+_REGIONS_PER_CALL: Final = 1 << 17
+"""As many as a GiB can have. Room that is not needed takes no memory."""
 _ENTRIES_PER_READ: Final = 1 << 16
 
 
@@ -74,6 +81,13 @@ class ScanArgument(ctypes.Structure):
 
 
 PAGEMAP_SCAN: Final = iowr("PAGEMAP_SCAN", "f", 16, ScanArgument)
+_SCAN_FLAGS: Final = {
+    (False, False): 0,
+    (False, True): int(ScanFlag.CHECK_WPASYNC),
+    (True, False): int(ScanFlag.WP_MATCHING | ScanFlag.CHECK_WPASYNC),
+    (True, True): int(ScanFlag.WP_MATCHING | ScanFlag.CHECK_WPASYNC),
+}
+"""By the arguments ``protect`` and ``watched`` of a scan; computing them costs as much as a short scan."""
 
 
 class Pagemap:
@@ -89,13 +103,12 @@ class Pagemap:
     def __init__(self, path: str = PAGEMAP) -> None:
         self._made_by = MadeBy()
         self._regions = np.empty(_REGIONS_PER_CALL, REGION)
+        self._address = self._regions.ctypes.data
         try:
             self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
-            raise HostError(
-                f"{path} cannot be opened: {error.strerror}",
-                remedy="use a kernel with CONFIG_PROC_PAGE_MONITOR, and mount /proc",
-            ) from error
+            remedy = _REMEDIES.get(error.errno or 0)
+            raise HostError(f"{path} cannot be opened: {error.strerror}", remedy=remedy) from error
 
     def __enter__(self) -> Self:
         return self
@@ -124,7 +137,7 @@ class Pagemap:
     ) -> npt.NDArray[np.void]:
         """The ranges in [start, end) whose pages are in every ``wanted`` category, as a sorted array of `REGION`.
 
-        Not to be called by two threads at once.
+        It may be overwritten by the next scan. Not to be called by two threads at once.
 
         Args:
             start: a page's address.
@@ -137,27 +150,27 @@ class Pagemap:
             HostError: the kernel has no PAGEMAP_SCAN.
             LostMappingError: some mapping in the range is not registered.
         """
-        flags = ScanFlag.WP_MATCHING | ScanFlag.CHECK_WPASYNC if protect else ScanFlag(0)
-        if watched:
-            flags |= ScanFlag.CHECK_WPASYNC
-        found = []
+        found: list[npt.NDArray[np.void]] = []
+        flags, category = _SCAN_FLAGS[protect, watched], int(wanted)
         while start < end:
             argument = ScanArgument(
                 size=ctypes.sizeof(ScanArgument),
-                flags=int(flags),
+                flags=flags,
                 start=start,
                 end=end,
-                vec=self._regions.ctypes.data,
-                vec_len=len(self._regions),
-                category_mask=int(wanted),
-                return_mask=int(wanted),
+                vec=self._address,
+                vec_len=_REGIONS_PER_CALL,
+                category_mask=category,
+                return_mask=category,
             )
             count = self._scan(argument)
+            if not found and count < _REGIONS_PER_CALL:
+                return self._regions[:count]
             found.append(self._regions[:count].copy())
             # The kernel says where it stopped for want of room last, also if it went on from there to the end: asking
             # anew from that place would find the rest a second time.
             start = end if count < _REGIONS_PER_CALL else max(argument.walk_end, int(found[-1]["end"][-1]))
-        return found[0] if len(found) == 1 else np.concatenate(found) if found else np.empty(0, REGION)
+        return np.concatenate(found) if found else np.empty(0, REGION)
 
     def _scan(self, argument: ScanArgument) -> int:
         try:

@@ -21,10 +21,12 @@ USERFAULTFD_DEVICE: Final = "/dev/userfaultfd"
 API: Final = 0xAA
 _USER_MODE_ONLY: Final = 1
 _CALL_NUMBERS: Final = {"x86_64": 323, "aarch64": 282, "riscv64": 282}
-_REMEDY: Final = (
-    f"give access to {USERFAULTFD_DEVICE}, or run 'sysctl vm.unprivileged_userfaultfd=1'; "
-    "in a container, let its seccomp profile allow userfaultfd"
-)
+_REMEDIES: Final = {
+    errno.EPERM: f"give access to {USERFAULTFD_DEVICE}, or run 'sysctl vm.unprivileged_userfaultfd=1'; "
+    "in a container, let its seccomp profile allow userfaultfd",
+    errno.ENOSYS: "use a kernel with CONFIG_USERFAULTFD; in a container, let its seccomp profile allow userfaultfd",
+    errno.EMFILE: "raise the limit shown by 'ulimit -n'",
+}
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.syscall.argtypes = (ctypes.c_long, ctypes.c_long)
@@ -116,7 +118,7 @@ class Userfaultfd:
             self.close()
             raise HostError(
                 f"userfaultfd does not offer {wanted.name} here ({error.cause})",
-                remedy="'dirtylog doctor' shows which it does offer, and what brings the others",
+                remedy="'dirtylog doctor' shows which it does offer; Linux 6.7 has all that this package can use",
             ) from error
         self.features = Feature(argument.features)
 
@@ -137,7 +139,8 @@ class Userfaultfd:
 
         Raises:
             AlreadyWatchedError: another userfaultfd watches some of it.
-            UntrackableError: some of it is not mapped, or is memory that userfaultfd does not serve.
+            UntrackableError: some of it is not mapped, or is memory that userfaultfd does not serve in this mode: with
+            WP_ASYNC and write protection alone it serves files, too, but not a device's memory.
         """
         argument = RegisterArgument(RangeArgument(address, size), int(mode))
         try:
@@ -170,8 +173,8 @@ def _refused(error: KernelError, address: int, size: int) -> Exception:
         return UntrackableError(f"{where} can never be written here", remedy="map it with write permission")
     if error.errno in (errno.EINVAL, errno.ENOMEM):
         return UntrackableError(
-            f"{where} is not all anonymous memory, shared memory or huge pages (userfaultfd: {error.cause})",
-            remedy="a mapped file can be watched by comparison, or kept in /dev/shm or a memfd",
+            f"{where} is not all memory that userfaultfd serves, in whole pages ({error.cause})",
+            remedy="huge pages of hugetlbfs are watched whole; other memory can be watched by comparison",
         )
     return error
 
@@ -188,7 +191,8 @@ def _open(device: str) -> tuple[int, Access]:
     try:
         return _call(_USER_MODE_ONLY), Access.USER_MODE
     except KernelError:
-        raise HostError(f"no userfaultfd is to be had ({reason.cause})", remedy=_REMEDY) from reason
+        remedy = _REMEDIES.get(reason.errno)
+        raise HostError(f"no userfaultfd is to be had ({reason.cause})", remedy=remedy) from reason
 
 
 def _call(flags: int) -> int:

@@ -6,15 +6,20 @@ finds it as written, and can protect it anew in the same step.
 What counts as written, measured on Linux 6.18 and held by tests:
 
 - The log is of page tables, not of pages: it has what this process writes, through this mapping, by any of its threads
-  and by the kernel on its behalf (read(2) into the memory). Writes by other processes that share the memory, or through
-  another mapping of it, are not noted.
+  and by the kernel on its behalf (read(2) into the memory). Writes by other processes that share the memory, through
+  another mapping of it, or with write(2) to the file behind it, are not noted. Nor is what the kernel writes into pages
+  that it was given before they were protected: buffers registered with io_uring, say.
+- Mapped files, shared and private, are watched as anonymous memory is. Memory of devices (VM_PFNMAP) cannot be.
 - Memory that was never touched is watched as any other; it takes no memory for that.
 - MADV_DONTNEED of private memory makes its pages zeros, and counts as written. Of shared memory it changes no contents,
-  and does not count. A hole punched into the file behind shared memory is not noted, though it reads as zeros then.
+  and does not count. MADV_FREE does not count, though its pages may read as zeros some time; nor does a hole punched
+  into the file behind shared memory (MADV_REMOVE, fallocate), though it reads as zeros from then on.
 - A child of fork does not inherit the watch: its own copy of private memory is not watched, and what it writes to
-  shared memory is not noted.
-- Memory that is unmapped, moved by mremap or replaced is lost, and said to be.
-- Huge pages: transparent ones are split as they are written. A page of hugetlbfs counts whole.
+  shared memory is not noted. The parent's goes on.
+- Memory that is unmapped, moved by mremap or replaced is lost, and said to be, unless the place is watched anew.
+- Huge pages: transparent ones are split as they are written. A page of hugetlbfs counts whole: protecting it protects
+  all of it, and the next write anywhere in it is a write to all of it. One that was never touched counts as written
+  when it is first read; MADV_DONTNEED does not count, though it makes private ones zeros.
 """
 
 from pathlib import Path
@@ -37,7 +42,9 @@ Regions = npt.NDArray[np.void]
 
 
 class WriteWatch:
-    """Whole pages of this process's memory, whose writes are noted from here on. All pages count as written at first.
+    """Whole pages of this process's memory, whose writes are noted from here on.
+
+    All pages count as written at first, but for those of hugetlbfs that were never touched here.
 
     Args:
         address: where, on a page boundary; on a huge page's in hugetlbfs.
@@ -46,7 +53,7 @@ class WriteWatch:
 
     Raises:
         HostError: this kernel, or this user's permissions, have no asynchronous write protection.
-        UntrackableError: the memory is not of a kind that can be watched.
+        UntrackableError: the memory is not of a kind that can be watched, or a part of a huge page of hugetlbfs.
         AlreadyWatchedError: somebody watches some of it.
     """
 
@@ -60,6 +67,7 @@ class WriteWatch:
             try:
                 self._userfaultfd.register(address, size, RegisterMode.WP)
                 self._granule = PAGE_SIZE if self._takes_small_pages() else _page_size_at(address)
+                self._check_told()
             except BaseException:
                 self._userfaultfd.close()
                 raise
@@ -79,6 +87,13 @@ class WriteWatch:
         except UntrackableError:
             return False
         return True
+
+    def _check_told(self) -> None:
+        """Scans leave out memory of devices, which some kernels register all the same."""
+        if self._granule == PAGE_SIZE and not self.written(0, PAGE_SIZE).size:
+            raise UntrackableError(
+                f"the kernel does not tell what is written at {self.address:#x}", remedy="watch it by comparison"
+            )
 
     def close(self) -> None:
         """Watch no more; idempotent. In a child of the process that made it, this only gives the descriptors up."""

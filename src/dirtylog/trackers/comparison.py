@@ -2,6 +2,9 @@
 
 A page that was written without being changed, or changed back, is not reported: whoever has read it before knows what
 it holds. Memory that changes while it is compared counts as it was found, and the rest is found the next time.
+
+Unlike the kernel's logs, comparing reads the memory. Where that would end the process (it was unmapped, or the file
+behind it was cut short) it is refused.
 """
 
 from abc import ABC, abstractmethod
@@ -11,9 +14,10 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from dirtylog.errors import UsageError
+from dirtylog.errors import HostError, LostMappingError, UsageError
+from dirtylog.linux.mapping import is_readable
 from dirtylog.memory import PageBitmap, Words
-from dirtylog.units import PAGE_SIZE, WORD_BITS, page_span
+from dirtylog.units import PAGE_SIZE, WORD_BITS, format_size, page_span
 
 Bytes = npt.NDArray[np.uint8]
 Numbers = npt.NDArray[np.int64]
@@ -40,13 +44,24 @@ class ComparisonTracker(ABC):
         return self._pages
 
     def arm(self) -> None:
-        """Keep something of every page."""
+        """Keep something of every page.
+
+        Raises:
+            HostError: there is not enough memory for that.
+            LostMappingError: the memory cannot be read.
+        """
+        self._check_readable()
         self._keep_all()
         self._armed = True
 
     def collect(self, words: Words) -> None:
-        """Compare every page."""
+        """Compare every page.
+
+        Raises:
+            LostMappingError: the memory cannot be read any more.
+        """
         self._check_armed()
+        self._check_readable()
         found = np.zeros(words.size * WORD_BITS, np.bool_)
         for first in range(0, self._pages, _PAGES_AT_ONCE):
             end = min(first + _PAGES_AT_ONCE, self._pages)
@@ -56,6 +71,7 @@ class ComparisonTracker(ABC):
     def clear(self, first: int, count: int, words: Words) -> None:
         """Keep something of the named pages as they are now."""
         self._check_armed()
+        self._check_readable()
         self._keep(PageBitmap(count, words.copy()).indices() + first)
 
     def disarm(self) -> None:
@@ -66,6 +82,15 @@ class ComparisonTracker(ABC):
     def _check_armed(self) -> None:
         if not self._armed:
             raise UsageError("the tracker is not armed")
+
+    def _check_readable(self) -> None:
+        address = self._memory.ctypes.data
+        if not is_readable(address, self._memory.size):
+            raise LostMappingError(
+                f"some of the memory at {address:#x} to {address + self._memory.size:#x} was unmapped while it was "
+                "watched, or the file behind it was cut short",
+                remedy="close the watch first, and watch the memory anew where it is then",
+            )
 
     @abstractmethod
     def _keep_all(self) -> None: ...
@@ -89,7 +114,13 @@ class CopyTracker(ComparisonTracker):
         self._forget()
 
     def _keep_all(self) -> None:
-        self._copy = self._memory.copy()
+        try:
+            self._copy = self._memory.copy()
+        except MemoryError as error:
+            raise HostError(
+                f"there is no memory for a copy of {format_size(self._memory.size)}",
+                remedy="compare hashes, which take 1/256 of that",
+            ) from error
 
     def _keep(self, pages: Numbers) -> None:
         whole = pages[pages < self._whole]

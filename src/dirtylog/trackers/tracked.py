@@ -3,8 +3,9 @@
 A tracker's clear must never name a page that its last collect did not report: that page may have been written after
 the collect, the clear would protect it again, and the write would be known to nobody. So what was collected and not
 cleared yet is kept here. A clear passes on the bits that are 1 in it and lie in the asked range, with the rest of the
-first and last word masked out, and then zeroes them: were they kept, a second clear of the range would name pages again
-that may have been written since the first.
+first and last word masked out, and zeroes them before: were they kept, a second clear of the range would name pages
+again that may have been written since the first. So would they if a clear failed half-way; what it has not cleared the
+next collect reports again.
 
 Pages that are collected but never cleared are reported again by every collect, and sent twice at worst.
 """
@@ -52,10 +53,10 @@ class TrackedRange(Generic[T_co]):
 
     def collect(self) -> PageBitmap:
         """The pages written and not cleared since; none past the end, whatever the tracker says."""
-        words = np.zeros_like(self.collected.words)
+        words = np.zeros(self.collected.words.size, np.uint64)
         self.tracker.collect(words)
         fresh = PageBitmap(self.pages, words)
-        self.collected.merge(fresh.words)
+        self.collected.words |= fresh.words
         return fresh
 
     def clear(self, first: int, count: int) -> None:
@@ -64,7 +65,8 @@ class TrackedRange(Generic[T_co]):
         if not self.armed or start >= end:
             return
         window = clear_window(self.pages, start, end - start)
-        wanted = PageBitmap(window.length)
-        wanted.merge(self.collected.extract(start, end - start), window.skip, end - start)
-        self.tracker.clear(window.first, window.length, wanted.words)
+        wanted = PageBitmap(window.length, self.collected.extract(window.first, window.length))
+        wanted.clear(0, window.skip)
+        wanted.clear(window.skip + end - start)
         self.collected.clear(start, end - start)
+        self.tracker.clear(window.first, window.length, wanted.words)

@@ -3,7 +3,10 @@
 Clearing takes one call for any number of scattered pages: the span from the first to the last page that is named is
 scanned and protected in one step. That protects pages, too, that were not named, among them some written since the last
 collect. The scan tells which they were; they are kept, and reported by the next collect, so that nothing is lost (D1).
+Until it has told, all pages are kept: an interrupted clear, by Ctrl-C or an error, reports too much afterwards.
 """
+
+from typing import Final
 
 import numpy as np
 
@@ -12,6 +15,8 @@ from dirtylog.linux.userfaultfd import USERFAULTFD_DEVICE
 from dirtylog.linux.write_watch import Regions, WriteWatch
 from dirtylog.memory import PageBitmap, Words
 from dirtylog.units import PAGE_SIZE, WORD_BITS
+
+_PAGE_SHIFT: Final = np.uint64(PAGE_SIZE.bit_length() - 1)
 
 
 class WriteWatchTracker:
@@ -55,12 +60,15 @@ class WriteWatchTracker:
             watch.close()
             raise
         self._watch = watch
-        self._kept.clear()
+        self._kept = PageBitmap(self._pages)
+        if self._initially_set:
+            self._kept.set()
 
     def collect(self, words: Words) -> None:
         """One scan of all."""
         watch = self._armed()
-        np.bitwise_or(self._bitmap(watch.written(0, watch.size)).words, self._kept.words, out=words)
+        words[:] = self._kept.words
+        self._note(watch.written(0, watch.size), words)
 
     def clear(self, first: int, count: int, words: Words) -> None:
         """One scan, which protects what it finds."""
@@ -70,9 +78,11 @@ class WriteWatchTracker:
             return
         low = first + int(named[0]) * WORD_BITS
         high = min(first + (int(named[-1]) + 1) * WORD_BITS, first + count)
-        protected = watch.written(low * PAGE_SIZE, (high - low) * PAGE_SIZE, protect=True)
-        self._kept.words |= self._bitmap(protected).words
-        self._kept.words[first // WORD_BITS :][: words.size] &= ~words
+        kept = self._kept.copy()
+        self._kept.set()
+        self._note(watch.written(low * PAGE_SIZE, (high - low) * PAGE_SIZE, protect=True), kept.words)
+        kept.words[first // WORD_BITS :][: words.size] &= ~words
+        self._kept = kept
 
     def disarm(self) -> None:
         """Watch no more."""
@@ -85,7 +95,13 @@ class WriteWatchTracker:
             raise UsageError("the tracker is not armed")
         return self._watch
 
-    def _bitmap(self, regions: Regions) -> PageBitmap:
-        base = np.uint64(self._address)
-        starts, ends = ((regions[name] - base).astype(np.int64) // PAGE_SIZE for name in ("start", "end"))
-        return PageBitmap.from_runs(self._pages, starts, ends)
+    def _note(self, regions: Regions, words: Words) -> None:
+        """Set the bits of what was found, in no more words than it touches."""
+        if not regions.size:
+            return
+        word = (int(regions["start"][0]) - self._address) // (PAGE_SIZE * WORD_BITS)
+        base = np.uint64(self._address + word * PAGE_SIZE * WORD_BITS)
+        runs = (regions.view(np.uint64).reshape(-1, 3)[:, :2] - base) >> _PAGE_SHIFT
+        starts, ends = runs.view(np.int64).T
+        bits = PageBitmap.from_runs(int(ends[-1]), starts, ends).words
+        words[word : word + bits.size] |= bits
