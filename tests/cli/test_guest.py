@@ -3,6 +3,7 @@ from pathlib import Path
 import pytest
 
 from dirtylog.cli.main import main
+from dirtylog.guests import random_writer
 from dirtylog.guests.dirtier import DEFAULT_RANGE, build
 from dirtylog.units import MIB
 
@@ -16,6 +17,12 @@ def test_image_is_the_dirtiers(tmp_path: Path, capsys: pytest.CaptureFixture[str
 def test_default_range_is_that_of_the_shipped_image(tmp_path: Path) -> None:
     assert main(["guest", str(tmp_path / "a.img")]) == 0
     assert (tmp_path / "a.img").read_bytes() == build(*DEFAULT_RANGE)
+
+
+def test_random_pattern_is_the_random_writer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["guest", str(tmp_path / "a.img"), "--pattern", "random", "--first", "2M", "--last", "3M"]) == 0
+    assert (tmp_path / "a.img").read_bytes() == random_writer.build(2 * MIB, 3 * MIB)
+    assert capsys.readouterr() == ("", "")
 
 
 def test_file_is_replaced(tmp_path: Path) -> None:

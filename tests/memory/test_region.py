@@ -127,6 +127,20 @@ def test_harvest_moves_migrations_pages_and_clears_the_whole_block(board: Board)
     assert board.cleared() == [piece(0, PAGES)]
 
 
+def test_harvest_for_another_client_costs_migration_nothing(board: Board) -> None:  # D4, D8
+    board.ram.memory.start_logging(TrackingReason.DIRTY_RATE)
+    board.ram.set_dirty(70 * PAGE_SIZE, 3 * PAGE_SIZE)
+    board.ram.harvest_dirty(PageBitmap(PAGES), client=Client.MIGRATION)
+    board.ram.set_dirty(71 * PAGE_SIZE, 3 * PAGE_SIZE)
+    seen = PageBitmap(PAGES)
+
+    board.ram.harvest_dirty(seen, client=Client.WATCH)
+
+    assert to_bits(seen.words) == {70, 71, 72, 73}
+    assert board.dirty(Client.WATCH) == set()
+    assert board.dirty(Client.MIGRATION) == {71, 72, 73}
+
+
 def test_harvest_of_nothing_still_clears(board: Board) -> None:  # D8
     assert board.ram.harvest_dirty(PageBitmap(PAGES)) == 0
     assert board.cleared() == [piece(0, PAGES)]

@@ -51,23 +51,57 @@ def test_after_sync_reaches_everybody(board: Board) -> None:
 
 def test_global_start_precedes_section_starts_and_only_the_first_reason_counts(board: Board) -> None:  # T6
     board.listen()
-    board.memory.start_logging(TrackingReason.DIRTY_RATE)
+    board.memory.start_logging(TrackingReason.DIRTY_LIMIT)
     assert board.heard() == [
         "x:log_global_start", "x:begin", "x:nop:a", "x:log_start:a", "x:nop:b", "x:log_start:b", "x:commit",
     ]  # fmt: skip
 
     board.memory.start_logging(TrackingReason.MIGRATION)
     board.memory.start_logging(TrackingReason.MIGRATION)
-    assert board.memory.tracking == TrackingReason.DIRTY_RATE | TrackingReason.MIGRATION
+    assert board.memory.tracking == TrackingReason.DIRTY_LIMIT | TrackingReason.MIGRATION
     assert board.told == []
 
-    board.memory.stop_logging(TrackingReason.DIRTY_RATE)
+    board.memory.stop_logging(TrackingReason.DIRTY_LIMIT)
     assert board.told == []
 
     board.memory.stop_logging(TrackingReason.MIGRATION)
     assert board.heard() == [
         "x:begin", "x:nop:a", "x:log_stop:a", "x:nop:b", "x:log_stop:b", "x:commit", "x:log_global_stop",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("reason", "client"),
+    [
+        (TrackingReason.MIGRATION, Client.MIGRATION),
+        (TrackingReason.DIRTY_LIMIT, Client.MIGRATION),
+        (TrackingReason.DIRTY_RATE, Client.WATCH),
+    ],
+)
+def test_each_reason_logs_for_its_client(board: Board, reason: TrackingReason, client: Client) -> None:
+    board.memory.start_logging(reason)
+    assert board.a.logging == client
+    board.memory.stop_logging(reason)
+    assert board.a.logging == Client(0)
+
+
+def test_second_client_starts_and_stops_without_the_first_and_without_a_global_start(board: Board) -> None:  # T6
+    watch, both = Client.WATCH, Client.WATCH | Client.MIGRATION
+    board.memory.start_logging(TrackingReason.DIRTY_RATE)
+    board.listen()
+
+    board.memory.start_logging(TrackingReason.MIGRATION)
+    assert [told for told in board.told if "log" in told.callback] == [
+        Told("x", "log_start", at("a", 0), watch, both),
+        Told("x", "log_start", at("b", 4), watch, both),
+    ]
+
+    board.told.clear()
+    board.memory.stop_logging(TrackingReason.DIRTY_RATE)
+    assert [told for told in board.told if "log" in told.callback] == [
+        Told("x", "log_stop", at("a", 0), both, Client.MIGRATION),
+        Told("x", "log_stop", at("b", 4), both, Client.MIGRATION),
+    ]
 
 
 def test_reason_that_was_not_given_cannot_be_taken_back(board: Board) -> None:

@@ -1,25 +1,36 @@
-"""``dirtylog guest``: write the boot image of the guest that dirties memory."""
+"""``dirtylog guest``: write the boot image of a guest that dirties memory."""
 
 from pathlib import Path
+from typing import Final
 
 import click
 
 from dirtylog.cli.options import SIZE
 from dirtylog.errors import HostError
-from dirtylog.guests.dirtier import build
+from dirtylog.guests import dirtier, random_writer
+
+_BUILDERS: Final = {"rounds": dirtier.build, "random": random_writer.build}
 
 
 @click.command("guest")
 @click.argument("output", type=click.Path(path_type=Path, dir_okay=False))
 @click.option("--first", type=SIZE, default="1M", show_default=True, help="Start of the range it writes.")
 @click.option("--last", type=SIZE, default="100M", show_default=True, help="End of the range it writes.")
-def command(output: Path, first: int, last: int) -> None:
-    """Write the dirtier guest's boot image to OUTPUT.
+@click.option(
+    "--pattern",
+    type=click.Choice(list(_BUILDERS)),
+    default="rounds",
+    show_default=True,
+    help="Every page in order, round after round; or one page after the other at random.",
+)
+def command(output: Path, first: int, last: int, pattern: str) -> None:
+    """Write the boot image of a guest that dirties memory to OUTPUT.
 
     It adds 1 to a byte in each page of a range, in order, for ever, counts its rounds, and sends a character on the
-    serial port each round. The same file boots under 'dirtylog run' and in QEMU.
+    serial port each round; or, with --pattern random, does so to pages at random, and counts its writes. The same file
+    boots under 'dirtylog run' and in QEMU.
     """
-    image = build(first, last)
+    image = _BUILDERS[pattern](first, last)
     try:
         output.write_bytes(image)
     except OSError as error:

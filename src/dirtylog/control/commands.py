@@ -12,8 +12,9 @@ from msgspec import UNSET, Meta, Struct, UnsetType
 
 from dirtylog.control.controller import Controller, ShutdownCause
 from dirtylog.control.qmp import Arguments, CommandRegistry, NoArguments, QMPServer
+from dirtylog.control.watch_commands import WatchCommands
 from dirtylog.errors import HostError, UsageError
-from dirtylog.machine import KVMMachine, RunState
+from dirtylog.machine import PCMachine, RunState
 from dirtylog.memory import AddressSpace
 from dirtylog.migration import OutgoingMigration, PassStatistics, Status
 from dirtylog.units import MIB, PAGE_SIZE
@@ -126,6 +127,7 @@ class Commands:
         registry.add("query-migrate", NoArguments, self._query_migrate)
         registry.add("x-query-memory", NoArguments, lambda _: self._machine.memory.describe())
         registry.add("pmemsave", PmemsaveArguments, self._pmemsave)
+        WatchCommands(self._controller).register(registry)
 
     def _quit(self) -> None:
         self._controller.quit(ShutdownCause.HOST_QMP_QUIT)
@@ -161,7 +163,7 @@ class Commands:
 
     def _pmemsave(self, wanted: PmemsaveArguments) -> None:
         machine = self._machine
-        if not isinstance(machine, KVMMachine):
+        if not isinstance(machine, PCMachine):
             raise UsageError(f"a machine of kind {machine.kind!r} has no physical memory")
         if "\0" in wanted.filename:
             raise UsageError(f"{wanted.filename!r} cannot be the name of a file")

@@ -8,6 +8,7 @@ from enum import Enum
 from queue import SimpleQueue
 from typing import Any, Final
 
+from dirtylog.display import WriteSampler
 from dirtylog.errors import DirtylogError, HostError, UsageError
 from dirtylog.machine import Machine, RunState
 from dirtylog.machine.machine import ENDED
@@ -42,6 +43,7 @@ class Controller:
 
     Attributes:
         machine: what it controls.
+        sampler: tells which pages it writes.
         parameters: of the migration under way and of later ones.
         outgoing: the last migration away from here, or None.
         migration_observers: told each new status of a migration away from here.
@@ -50,6 +52,7 @@ class Controller:
 
     def __init__(self, machine: Machine) -> None:
         self.machine = machine
+        self.sampler = WriteSampler(machine.memory)
         self.parameters = Parameters()
         self.outgoing: OutgoingMigration | None = None
         self.migration_observers: list[Callable[[Status], None]] = []

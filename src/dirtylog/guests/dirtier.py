@@ -1,39 +1,28 @@
 """The dirtier: a boot sector that adds 1 to byte 0 of every page of a range, in ascending order, for ever.
 
-``guests/dirtier.S`` is its source and says how it works; ``docs/guests.md`` how to use it. The numbers here are the
-ones there.
+``guests/dirtier.S`` is its source and says how it works; ``docs/guests.md`` how to use it.
 """
 
-import struct
-from importlib import resources
 from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dirtylog.errors import HostError, UsageError
-from dirtylog.units import GIB, KIB, MIB, PAGE_SIZE
+from dirtylog.errors import UsageError
+from dirtylog.guests import sector
 
-LOAD_ADDRESS: Final = 0x7C00
+LOAD_ADDRESS: Final = sector.LOAD_ADDRESS
 """Where a PC BIOS loads a boot sector, and starts it in real mode."""
 
-COUNTER_ADDRESS: Final = 0x8000
+COUNTER_ADDRESS: Final = sector.COUNTER_ADDRESS
 """Where the guest counts completed rounds: a little-endian 64-bit word."""
 
-STARTED_ADDRESS: Final = 0x8008
-STARTED: Final = b"RUN1"
+STARTED_ADDRESS: Final = sector.STARTED_ADDRESS
+STARTED: Final = sector.STARTED
 """What stands at ``STARTED_ADDRESS`` from the moment when the page rule and the counter hold."""
 
-DEFAULT_RANGE: Final = (1 * MIB, 100 * MIB)
+DEFAULT_RANGE: Final = sector.DEFAULT_RANGE
 """The range of the shipped image, as ``(first, last)``; ``last`` is the address after it."""
-
-_LOWEST: Final = 64 * KIB
-_HIGHEST: Final = 3 * GIB
-_SIZE: Final = 512
-_SIGNATURE: Final = b"\x55\xaa"
-_MAGIC: Final = b"DLP1"
-_PARAMETERS: Final = struct.Struct("<4sII")
-_PARAMETERS_OFFSET: Final = 4
 
 
 def build(first: int, last: int) -> bytes:
@@ -43,10 +32,7 @@ def build(first: int, last: int) -> bytes:
         first: address of the first page; the guest's own code and counter lie below 64 KiB.
         last: address after the last page; at most 3 GiB, where a PC's memory makes room for its devices.
     """
-    _check_range(first, last)
-    image = bytearray(_shipped())
-    _PARAMETERS.pack_into(image, _PARAMETERS_OFFSET, _MAGIC, first, last)
-    return bytes(image)
+    return sector.build("dirtier.img", b"DLP1", first, last)
 
 
 def check_pages(bytes_per_page: NDArray[np.uint8], rounds: int | None = None) -> str | None:
@@ -80,26 +66,3 @@ def _check_rounds(last_page: int, in_round: bool, rounds: int) -> str | None:
     if ahead == 0 or (ahead == 1 and not in_round):
         return None
     return f"the last page holds {last_page}, which {rounds} completed rounds do not explain"
-
-
-def _check_range(first: int, last: int) -> None:
-    asked = f"the range {first:#x} to {last:#x}"
-    if first % PAGE_SIZE or last % PAGE_SIZE:
-        raise UsageError(f"{asked} is not whole pages", remedy=f"use multiples of {PAGE_SIZE}")
-    if first >= last:
-        raise UsageError(f"{asked} holds no page", remedy="put its end above its start")
-    if first < _LOWEST:
-        raise UsageError(f"{asked} covers the guest's own code or counter", remedy=f"start at {_LOWEST:#x} or above")
-    if last > _HIGHEST:
-        raise UsageError(f"{asked} reaches into the PCI hole", remedy=f"end at {_HIGHEST:#x} or below")
-
-
-def _shipped() -> bytes:
-    try:
-        image = resources.files("dirtylog.guests").joinpath("dirtier.img").read_bytes()
-    except OSError as error:
-        raise HostError("the guest image dirtier.img cannot be read", remedy="reinstall dirtylog") from error
-    magic = image[_PARAMETERS_OFFSET : _PARAMETERS_OFFSET + len(_MAGIC)]
-    if len(image) != _SIZE or magic != _MAGIC or not image.endswith(_SIGNATURE):
-        raise HostError("the guest image dirtier.img is damaged", remedy="reinstall dirtylog")
-    return image

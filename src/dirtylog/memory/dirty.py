@@ -15,6 +15,7 @@ class Client(IntFlag):
     DISPLAY = 1
     CODE = 2
     MIGRATION = 4
+    WATCH = 8
 
 
 NOBODY: Final = Client(0)

@@ -22,7 +22,7 @@ from dirtylog.units import PAGE_SIZE, align_up
 
 
 class TrackingReason(IntFlag, boundary=STRICT):
-    """Why all migratable RAM is logged."""
+    """Why all migratable RAM is logged: for the dirty rate, by `Client.WATCH`; else by `Client.MIGRATION`."""
 
     MIGRATION = 1
     DIRTY_RATE = 2
@@ -41,12 +41,16 @@ class Memory:
         tracking: why all RAM is logged; empty when it is not.
         code_client: whether translated code is kept of this memory, so that the code client logs all of it.
         flush: delivers coalesced writes; called before changes and before what else must see them delivered.
+        code_written: for whoever keeps translations: told of pages of a region that the host wrote, the first and how
+            many, once they are dirty for the code client. Whoever drops a page's translations clears its bit, so that
+            a clear one says that there may be some.
     """
 
     def __init__(self) -> None:
         self.blocks: dict[str, RAMBlock] = {}
         self.tracking = TrackingReason(0)
         self.flush: Callable[[], None] | None = None
+        self.code_written: Callable[[MemoryRegion, int, int], None] | None = None
         self._code_client = False
         self._regions: list[MemoryRegion] = []
         self._address_spaces: list[AddressSpace] = []
@@ -189,7 +193,9 @@ class Memory:
     @property
     def global_clients(self) -> Client:
         """The clients that log every region with a block."""
-        clients = Client.MIGRATION if self.tracking else NOBODY
+        clients = Client.MIGRATION if self.tracking & ~TrackingReason.DIRTY_RATE else NOBODY
+        if TrackingReason.DIRTY_RATE in self.tracking:
+            clients |= Client.WATCH
         return clients | Client.CODE if self._code_client else clients
 
     def describe(self) -> MemoryDescription:
@@ -319,6 +325,12 @@ class Memory:
                 self._code_client = on
                 self.topology_changed()
 
+    def code_changed(self, region: MemoryRegion, first: int, count: int) -> None:
+        """Tell `code_written` of pages. For regions."""
+        told = self.code_written
+        if told is not None:
+            told(region, first, count)
+
     def start_logging(self, reason: TrackingReason) -> None:
         """Log writes to all migratable RAM; each reason counts once.
 
@@ -409,9 +421,9 @@ class Memory:
 
     def _set_tracking(self, tracking: TrackingReason) -> None:
         with self.transaction():
-            changed = bool(tracking) != bool(self.tracking)
+            clients = self.global_clients
             self.tracking = tracking
-            if changed:
+            if self.global_clients != clients:
                 self.topology_changed()
 
     def sync_dirty_log(self, region: MemoryRegion | None = None, *, last_stage: bool = False) -> None:

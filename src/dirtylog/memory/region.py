@@ -319,6 +319,8 @@ class MemoryRegion:
         if clients:
             block, first, count = self._pages(offset, size)
             block.dirty.mark(first, count, clients)
+            if Client.CODE in clients:
+                self.memory.code_changed(self, first, count)
         else:
             self._ram()
 
@@ -355,8 +357,10 @@ class MemoryRegion:
             self.memory.after_sync()
         return DirtySnapshot(first, PageBitmap(count, words))
 
-    def harvest_dirty(self, into: PageBitmap, chunks: ClearChunks | None = None) -> int:
-        """Move migration's dirty pages into its own bitmap of the block. The third clear point.
+    def harvest_dirty(
+        self, into: PageBitmap, chunks: ClearChunks | None = None, *, client: Client = Client.MIGRATION
+    ) -> int:
+        """Move a client's dirty pages into its own bitmap of the block. The third clear point.
 
         With ``chunks`` the clear is postponed: whoever reads a page must first clear the chunks due for it.
 
@@ -364,7 +368,7 @@ class MemoryRegion:
             How many pages were not in ``into`` before.
         """
         block = self._ram()
-        words = block.dirty.fetch_and_clear(0, block.pages, Client.MIGRATION)
+        words = block.dirty.fetch_and_clear(0, block.pages, client)
         fresh = into.merge(words)
         # A chunk is due whether or not a bit was found: a page found dirty by an earlier sync may be unprotected still.
         if chunks is None:

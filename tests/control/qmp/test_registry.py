@@ -5,7 +5,15 @@ import pytest
 
 import dirtylog
 from dirtylog.control.qmp.messages import ErrorClass, QMPError, Version, VersionTriple
-from dirtylog.control.qmp.registry import NEGOTIATE, Arguments, Command, CommandInfo, CommandRegistry, NoArguments
+from dirtylog.control.qmp.registry import (
+    NEGOTIATE,
+    Arguments,
+    Command,
+    CommandInfo,
+    CommandRegistry,
+    NoArguments,
+    Scope,
+)
 from dirtylog.errors import UsageError
 
 
@@ -85,3 +93,14 @@ def test_wrong_arguments_are_refused(arguments: dict[str, Any], desc: str) -> No
         Command("c", Limits, nothing).parse(arguments)
     assert caught.value.error_class is ErrorClass.GENERIC_ERROR
     assert caught.value.desc == desc
+
+
+def test_scoped_command_is_given_what_ends_with_the_session() -> None:
+    registry = CommandRegistry()
+    scope = Scope()
+    registry.add("plain", NoArguments, lambda _: "plain")
+    registry.add_scoped("scoped", NoArguments, lambda _, given: given is scope)
+    assert registry.find("plain").run(NoArguments(), scope) == "plain"
+    assert registry.find("scoped").run(NoArguments(), scope) is True
+    with pytest.raises(UsageError, match="'scoped' already"):
+        registry.add_scoped("scoped", NoArguments, lambda _, given: None)

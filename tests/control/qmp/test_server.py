@@ -13,7 +13,7 @@ import pytest
 from qemu.qmp import ExecuteError
 from qemu.qmp import QMPClient as PeerClient
 
-from dirtylog.control.qmp import Arguments, CommandRegistry, HandlerError, NoArguments, QMPServer, server
+from dirtylog.control.qmp import Arguments, CommandRegistry, HandlerError, NoArguments, QMPServer, Scope, server
 from dirtylog.control.qmp.connection import MAX_BACKLOG
 from dirtylog.control.qmp.server import MAX_CLIENTS
 from dirtylog.control.qmp.session import MAX_REQUEST
@@ -230,6 +230,22 @@ class TestEvents:
         assert received
         assert "return" in reader.ask(QUERY)
 
+    def test_client_that_is_still_reading_a_long_reply_is_not_dropped(self, served: Any, connect: Connect) -> None:
+        asked = threading.Event()
+
+        def answer(_: NoArguments) -> str:
+            asked.set()
+            return "x" * (3 * MAX_BACKLOG)
+
+        served.registry.add("long", NoArguments, answer)
+        client = connect().negotiate()
+        client.send(b'{"execute": "long"}')
+        assert asked.wait(SECONDS)
+        assert client.socket.recv(1, socket.MSG_PEEK)  # some of the reply is here, and the rest waits
+        served.server.emit("STOP")
+        assert len(client.read()["return"]) == 3 * MAX_BACKLOG
+        assert client.read()["event"] == "STOP"
+
     def test_event_with_no_client_is_lost(self, served: Any) -> None:
         served.server.emit("STOP")
 
@@ -252,6 +268,41 @@ class TestEvents:
             thread.join()
         for name in "ABC":
             assert [e["data"]["number"] for e in events if e["event"] == name] == list(range(100))
+
+
+class TestScope:
+    def test_what_a_client_leaves_behind_ends_with_it(self, served: Any, connect: Connect) -> None:
+        ended = threading.Event()
+        served.registry.add_scoped("leave", NoArguments, lambda _, scope: scope.callback(ended.set) and None)
+        client, other = connect().negotiate(), connect().negotiate()
+        assert client.ask(b'{"execute": "leave"}') == {"return": {}}
+        other.close()
+        assert "return" in client.ask(QUERY)
+        assert not ended.is_set()
+        client.close()
+        assert ended.wait(SECONDS)
+
+    def test_what_clients_leave_behind_ends_with_the_server(self, served: Any, connect: Connect) -> None:
+        ended = threading.Event()
+        served.registry.add_scoped("leave", NoArguments, lambda _, scope: scope.callback(ended.set) and None)
+        assert connect().negotiate().ask(b'{"execute": "leave"}') == {"return": {}}
+        served.server.close()
+        assert ended.is_set()
+
+    def test_end_that_fails_is_a_failure_of_the_server(self, served: Any, connect: Connect) -> None:
+        ended: list[int] = []
+
+        def leave(_: NoArguments, scope: Scope) -> None:
+            scope.callback(ended.remove, 1)
+
+        served.registry.add_scoped("leave", NoArguments, leave)
+        client = connect().negotiate()
+        client.ask(b'{"execute": "leave"}')
+        client.close()
+        assert served.failed.wait(SECONDS)
+        (failure,) = served.failures
+        assert isinstance(failure, HandlerError)
+        assert isinstance(failure.__cause__, ValueError)
 
 
 class TestClose:

@@ -1,11 +1,12 @@
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
 import pytest
 
 from dirtylog.control.qmp.messages import ErrorClass, QMPError
-from dirtylog.control.qmp.registry import Arguments, CommandRegistry, NoArguments
-from dirtylog.control.qmp.session import MAX_REQUEST, Answer, Session
+from dirtylog.control.qmp.registry import Arguments, CommandRegistry, NoArguments, Scope
+from dirtylog.control.qmp.session import MAX_REQUEST, Answer, HandlerError, Session
 from dirtylog.errors import UsageError
 
 
@@ -162,3 +163,37 @@ def test_request_that_is_too_long_is_the_last(negotiated: Session) -> None:
     [answer] = raw_answers(negotiated, b'{"execute": "' + b"x" * MAX_REQUEST)
     assert answer.last
     assert msgspec.json.decode(answer.reply)["error"]["class"] == "GenericError"
+
+
+def leaving(action: Callable[..., object], *arguments: object) -> Callable[[NoArguments, Scope], None]:
+    """A handler that has something called at the session's end."""
+
+    def leave(_: NoArguments, scope: Scope) -> None:
+        scope.callback(action, *arguments)
+
+    return leave
+
+
+def test_what_commands_leave_behind_ends_with_the_session_last_first(registry: CommandRegistry) -> None:
+    ended: list[str] = []
+    registry.add_scoped("one", NoArguments, leaving(ended.append, "one"))
+    registry.add_scoped("two", NoArguments, leaving(ended.append, "two"))
+    session, other = Session(registry), Session(registry)
+    raw_answers(session, b'{"execute": "qmp_capabilities"}{"execute": "one"}{"execute": "two"}')
+    other.close()
+    assert ended == []
+    session.close()
+    session.close()
+    assert ended == ["two", "one"]
+
+
+@pytest.mark.parametrize(
+    ("raised", "told"),
+    [(UsageError("no"), UsageError), (KeyError("k"), HandlerError)],
+)
+def test_end_that_fails_is_told(registry: CommandRegistry, raised: Exception, told: type[Exception]) -> None:
+    registry.add_scoped("leave", NoArguments, leaving(fail, raised))
+    session = Session(registry)
+    raw_answers(session, b'{"execute": "qmp_capabilities"}{"execute": "leave"}')
+    with pytest.raises(told):
+        session.close()

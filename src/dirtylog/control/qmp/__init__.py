@@ -7,7 +7,7 @@ and ``server`` all of them; ``client`` is the other end.
 
 from dirtylog.control.qmp.client import QMPClient
 from dirtylog.control.qmp.messages import ErrorClass, Event, QMPCommandError, QMPError, Version
-from dirtylog.control.qmp.registry import Arguments, CommandRegistry, NoArguments
+from dirtylog.control.qmp.registry import Arguments, CommandRegistry, NoArguments, Scope
 from dirtylog.control.qmp.server import QMPServer
 from dirtylog.control.qmp.session import HandlerError
 
@@ -22,5 +22,6 @@ __all__ = [
     "QMPCommandError",
     "QMPError",
     "QMPServer",
+    "Scope",
     "Version",
 ]

@@ -17,7 +17,7 @@ from dirtylog.errors import DirtylogError
 from dirtylog.linux.wakeup import Waiter, Wakeup
 
 MAX_BACKLOG: Final = 1 << 20
-"""The most bytes that may wait to be sent when an event comes; some thousands of events."""
+"""The most bytes that may wait to be sent when an event comes, besides a reply; some thousands of events."""
 
 _RECEIVE_SIZE: Final = 1 << 16
 _LAST_REPLY_SECONDS: Final = 2.0
@@ -51,6 +51,7 @@ class Connection:
         self._on_end: Final = on_end
         self._lock: Final = threading.Lock()
         self._backlog = bytearray()
+        self._reply_size = 0
         self._subscribed = False
         self._gone = False
         self._closed = False
@@ -87,7 +88,7 @@ class Connection:
         """Send an event if the client is negotiated. Never waits: a client that does not read is dropped."""
         with self._lock:
             wanted = self._subscribed and not self._gone
-            fits = len(self._backlog) + len(event) <= MAX_BACKLOG
+            fits = len(self._backlog) + len(event) <= MAX_BACKLOG + self._reply_size
             if wanted and fits:
                 self._backlog += event
                 self._flush()
@@ -107,7 +108,15 @@ class Connection:
             self._on_failure(error)
         finally:
             self._close()
+            self._end_session()
             self._on_end(self)
+
+    def _end_session(self) -> None:
+        try:
+            with self._command_lock:
+                self._session.close()
+        except DirtylogError as error:
+            self._on_failure(error)
 
     def _close(self) -> None:
         with self._lock:
@@ -144,12 +153,14 @@ class Connection:
             self._on_failure(answer.failure)
         final = answer.last or answer.after_reply is not None
         self._drain(_LAST_REPLY_SECONDS if final else None)
+        self._reply_size = 0
         if answer.after_reply is not None:
             _call(answer.after_reply)
 
     def _send(self, message: bytes) -> None:
         with self._lock:
             self._backlog += message
+            self._reply_size = len(message)
             self._flush()
             self._subscribed = self._session.negotiated  # no event before the reply that ends the negotiation
 

@@ -1,6 +1,7 @@
 """Which commands a QMP server knows, and the types of their arguments."""
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Final, Generic, TypeVar
 
@@ -25,6 +26,9 @@ class NoArguments(Arguments, frozen=True):
 
 A = TypeVar("A", bound=Struct)
 
+Scope = ExitStack
+"""What ends with a client's session. Handlers put there what must not outlast it; one object for each session."""
+
 
 @dataclass(frozen=True, slots=True)
 class Command(Generic[A]):
@@ -36,12 +40,18 @@ class Command(Generic[A]):
         handler: what carries it out. What it returns becomes the reply: anything with JSON, None for nothing to say. It
             raises ``QMPError``, or another ``DirtylogError`` for one of class GenericError.
         after_reply: what to call once a successful reply was sent.
+        scoped: whether the handler takes the session's ``Scope``, too.
     """
 
     name: str
     arguments: type[A]
-    handler: Callable[[A], object]
+    handler: Callable[..., object]
     after_reply: Callable[[], None] | None = None
+    scoped: bool = False
+
+    def run(self, arguments: A, scope: Scope) -> object:
+        """Have the handler carry it out."""
+        return self.handler(arguments, scope) if self.scoped else self.handler(arguments)
 
     def parse(self, arguments: dict[str, Any]) -> A:
         """The typed arguments.
@@ -92,9 +102,16 @@ class CommandRegistry:
         after_reply: Callable[[], None] | None = None,
     ) -> None:
         """Add a command; see ``Command``."""
-        if name == NEGOTIATE or name in self._commands:
-            raise UsageError(f"there is a QMP command {name!r} already")
-        self._commands[name] = Command(name, arguments, handler, after_reply)
+        self._add(Command(name, arguments, handler, after_reply))
+
+    def add_scoped(self, name: str, arguments: type[A], handler: Callable[[A, Scope], object]) -> None:
+        """Add a command whose handler leaves something behind that ends with the session."""
+        self._add(Command(name, arguments, handler, scoped=True))
+
+    def _add(self, command: Command[Any]) -> None:
+        if command.name == NEGOTIATE or command.name in self._commands:
+            raise UsageError(f"there is a QMP command {command.name!r} already")
+        self._commands[command.name] = command
 
     def find(self, name: str) -> Command[Any]:
         """The command of that name.

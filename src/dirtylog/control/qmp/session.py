@@ -19,7 +19,7 @@ from dirtylog.control.qmp.messages import (
     encode,
     parse_request,
 )
-from dirtylog.control.qmp.registry import NEGOTIATE, Arguments, Command, CommandRegistry
+from dirtylog.control.qmp.registry import NEGOTIATE, Arguments, Command, CommandRegistry, Scope
 from dirtylog.control.qmp.stream import JSONStream, OversizeError
 from dirtylog.errors import DirtylogError, ProtocolError
 
@@ -68,6 +68,7 @@ class Session:
         self._registry = registry
         self._stream = JSONStream(MAX_REQUEST)
         self._negotiation = Command(NEGOTIATE, NegotiationArguments, self._negotiate)
+        self._scope = Scope()
         self.negotiated = False
 
     def greeting(self) -> bytes:
@@ -77,6 +78,19 @@ class Session:
     def feed(self, data: bytes) -> None:
         """Add bytes that came from the client."""
         self._stream.feed(data)
+
+    def close(self) -> None:
+        """End what commands left behind for the session's time; idempotent.
+
+        Raises:
+            DirtylogError: something did not end as it should.
+        """
+        try:
+            self._scope.close()
+        except DirtylogError:
+            raise
+        except Exception as error:
+            raise HandlerError("end of the session", error) from error
 
     def next_answer(self) -> Answer | None:
         """Carry out the next whole request; None when there is none."""
@@ -94,7 +108,7 @@ class Session:
             request = parse_request(members)
             command = self._find(request)
             arguments = command.parse(request.arguments)
-            return Answer(_execute(command, arguments, identity), command.after_reply)
+            return Answer(self._execute(command, arguments, identity), command.after_reply)
         except HandlerError as error:
             return Answer(_failure(error, identity), failure=error)
         except DirtylogError as error:
@@ -115,15 +129,14 @@ class Session:
             raise QMPError(ErrorClass.GENERIC_ERROR, f"the capability {capability!r} is not offered")
         self.negotiated = True
 
-
-def _execute(command: Command[Any], arguments: Any, identity: object) -> bytes:
-    try:
-        result = command.handler(arguments)
-        return encode(Success({} if result is None else result, identity))
-    except DirtylogError:
-        raise
-    except Exception as error:
-        raise HandlerError(command.name, error) from error
+    def _execute(self, command: Command[Any], arguments: Any, identity: object) -> bytes:
+        try:
+            result = command.run(arguments, self._scope)
+            return encode(Success({} if result is None else result, identity))
+        except DirtylogError:
+            raise
+        except Exception as error:
+            raise HandlerError(command.name, error) from error
 
 
 def _failure(error: DirtylogError, identity: object) -> bytes:
