@@ -34,25 +34,27 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--memory", default="1G", help="RAM of the guest (default: 1G)")
     parser.add_argument("--last", default="256M", help="the guest writes pages from 1M up to here (default: 256M)")
+    parser.add_argument("--accel", default="auto", help="what runs it: kvm, unicorn or auto (default: auto)")
     options = parser.parse_args()
     try:
         with ExitStack() as stack:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="dirtylog-")))
-            return demonstrate(stack, folder, options.memory, parse_size(options.last))
+            return demonstrate(stack, folder, options.memory, parse_size(options.last), options.accel)
     except DirtylogError as error:
         raise SystemExit(f"live_migration.py: error: {error}") from error
 
 
-def demonstrate(stack: ExitStack, folder: Path, memory: str, last: int) -> int:
+def demonstrate(stack: ExitStack, folder: Path, memory: str, last: int, accel: str) -> int:
     """Start both sides, migrate, compare; the exit status."""
     image, uri = folder / "dirtier.img", f"unix:{folder / 'migration.sock'}"
     image.write_bytes(build(MIB, last))
 
     step(f"a guest of {memory} starts, and writes a byte in every page from 1 MiB to {last // MIB} MiB, for ever")
-    source = stack.enter_context(machine(folder, "source", str(image), "--memory", memory))
+    options = ("--memory", memory, "--accel", accel)
+    source = stack.enter_context(machine(folder, "source", str(image), *options))
     rounds = wait_for_rounds(source, folder, 2)
     step(f"it has been through its memory {rounds} times; another process waits for it")
-    destination = stack.enter_context(machine(folder, "destination", "--memory", memory, "--incoming", uri))
+    destination = stack.enter_context(machine(folder, "destination", *options, "--incoming", uri))
 
     step("it is migrated while it runs\n")
     migrate = subprocess.run([*DIRTYLOG, "migrate", str(folder / "source.qmp"), uri, "--verify"], check=False)

@@ -14,6 +14,7 @@ from typing import IO, Final
 
 import pytest
 from support.processes import DIRTYLOG, Process, Run, dirtylog, environment
+from support.require import require
 from support.waiting import BOUND, Task, wait_until
 
 from dirtylog.cli.main import main
@@ -22,6 +23,7 @@ from dirtylog.control.qmp import QMPClient
 from dirtylog.errors import DisconnectedError, HostError
 from dirtylog.guests.dirtier import build
 from dirtylog.linux.kvm import KVM
+from dirtylog.linux.kvm_abi import Capability
 from dirtylog.machine import KVMMachine
 from dirtylog.trackers import KVMLogMode
 from dirtylog.trackers.kvm_log import choose_mode
@@ -182,6 +184,31 @@ class TestBoot:
         monkeypatch.setattr("dirtylog.cli.run.Controller", note)
         assert here.run([image, "--dirty-log", mode], lambda _: here.wait_for("A")) == 0
         assert chosen == [KVMLogMode(mode)]
+
+    def test_dirty_rings_can_be_chosen_with_their_size(
+        self, kvm: KVM, image: str, here: Here, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        require("kvm", kvm.check(Capability.DIRTY_LOG_RING), "this kernel's KVM has no dirty rings")
+        told: list[tuple[int, ...]] = []
+
+        def note(machine: KVMMachine) -> Controller:
+            told.append(machine.dirty_pages())
+            return Controller(machine)
+
+        monkeypatch.setattr("dirtylog.cli.run.Controller", note)
+        options = ["--dirty-log", "ring", "--dirty-ring-size", "1024"]
+        assert here.run([image, *options], lambda _: here.wait_for("A")) == 0
+        assert told == [(0,)]
+
+    @pytest.mark.parametrize("log", [(), ("--dirty-log", "manual")])
+    def test_size_of_rings_without_rings_is_refused(self, log: tuple[str, ...], capfd: Capture) -> None:
+        check_error(capfd, main(["run", "x", "--dirty-ring-size", "4096", *log]), 2, "is for --dirty-log ring")
+
+    @pytest.mark.parametrize("size", ["0", "1000", "-4096"])
+    def test_size_that_no_ring_can_have_is_refused(self, kvm: KVM, size: str, capfd: Capture) -> None:
+        require("kvm", kvm.check(Capability.DIRTY_LOG_RING), "this kernel's KVM has no dirty rings")
+        options = ["--dirty-log", "ring", "--dirty-ring-size", size]
+        check_error(capfd, main(["run", "x", *options]), 2, f"a dirty ring of {size} entries")
 
     def test_machine_is_ready_when_its_first_client_is_served(self, kvm: object, here: Here, tmp_path: Path) -> None:
         def look(client: QMPClient) -> None:
@@ -349,7 +376,7 @@ class TestBadOptions:
             (["--cpus", "0"], "0 is not in the range"),
             (["--cpus", "256"], "256 is not in the range"),
             (["--mode", "virtual"], "'virtual' is not one of 'real', 'protected', 'long'"),
-            (["--dirty-log", "ring"], "'ring' is not one of 'legacy', 'manual', 'initially-set'"),
+            (["--dirty-log", "rings"], "'rings' is not one of 'legacy', 'manual', 'initially-set', 'ring'"),
             (["--accel", "tcg"], "'tcg' is not"),
         ],
     )
@@ -439,14 +466,16 @@ class TestWithoutKVM:
     @staticmethod
     def device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         """What the machine takes for /dev/kvm."""
+        device = tmp_path / "kvm"
         defaults = KVMMachine.__init__.__kwdefaults__
         assert defaults is not None
-        monkeypatch.setitem(defaults, "device", str(tmp_path / "kvm"))
-        return tmp_path / "kvm"
+        monkeypatch.setitem(defaults, "device", str(device))
+        monkeypatch.setattr(KVM.__init__, "__defaults__", (str(device),))
+        return device
 
     def test_missing_device_is_reported_and_nothing_is_left(self, device: Path, tmp_path: Path, capfd: Capture) -> None:
         uri, qmp = f"unix:{tmp_path}/m", str(tmp_path / "qmp")
-        check_error(capfd, main(["run", "--incoming", uri, "--qmp", qmp]), 3, re.escape(str(device)))
+        check_error(capfd, main(["run", "--accel", "kvm", "--incoming", uri, "--qmp", qmp]), 3, str(device))
         assert not list(tmp_path.iterdir())
 
     def test_device_without_permission_is_reported(
@@ -460,11 +489,43 @@ class TestWithoutKVM:
             return real_open(path, *arguments, **options)
 
         monkeypatch.setattr(os, "open", deny)
-        check_error(capfd, main(["run", "x"]), 3, "permission")
+        check_error(capfd, main(["run", "--accel", "kvm", "x"]), 3, "permission")
 
     def test_other_device_is_reported(self, device: Path, capfd: Capture) -> None:
         device.touch()
-        check_error(capfd, main(["run", "x"]), 3, "is not a KVM device")
+        check_error(capfd, main(["run", "--accel", "kvm", "x"]), 3, "is not a KVM device")
+
+    def test_emulator_is_taken_and_said_so(self, device: Path, here: Here, tmp_path: Path, capfd: Capture) -> None:
+        (tmp_path / "sector").write_bytes(build(1 * MIB, 2 * MIB))
+        assert here.run([str(tmp_path / "sector")], lambda _: here.wait_for("ABB")) == 0
+        assert capfd.readouterr().err == f"dirtylog: there is no {device}: the guest runs in Unicorn, an emulator\n"
+
+    def test_wish_for_a_dirty_log_is_one_for_kvm(self, device: Path, capfd: Capture) -> None:
+        check_error(capfd, main(["run", "x", "--dirty-log", "manual"]), 3, f"there is no {device}")
+
+    def test_several_vcpus_cannot_be_had(self, device: Path, capfd: Capture) -> None:
+        assert main(["run", "x", "--cpus", "2"]) == 2
+        assert "Unicorn runs one vCPU, not 2\n  remedy: use KVM for more" in capfd.readouterr().err
+
+
+class TestUnicorn:
+    @pytest.mark.parametrize("mode", ["real", "protected", "long"])
+    def test_flat_image_starts_how_it_is_told(self, here: Here, tmp_path: Path, mode: str, capfd: Capture) -> None:
+        (tmp_path / "flat").write_bytes(code(mode, "!"))
+        options = ["--accel", "unicorn", "--load-address", "32K", "--mode", mode]
+        assert here.run([str(tmp_path / "flat"), *options], lambda _: here.wait_for("!")) == 0
+        assert capfd.readouterr() == ("", "")
+
+    def test_guest_that_faults_ends_with_the_reason(self, tmp_path: Path, capfd: Capture) -> None:
+        (tmp_path / "flat").write_bytes(code("protected", "!", _FAULT))
+        options = ["--accel", "unicorn", "--load-address", "1M", "--mode", "protected", "--memory", "4M"]
+        assert main(["run", str(tmp_path / "flat"), *options]) != 0
+        out, err = capfd.readouterr()
+        assert out == "!"
+        assert "Unicorn cannot go on: Invalid instruction" in err
+
+    def test_dirty_log_of_kvm_is_refused(self, capfd: Capture) -> None:
+        check_error(capfd, main(["run", "x", "--accel", "unicorn", "--dirty-log", "manual"]), 2, "--dirty-log is KVM's")
 
 
 def test_handlers_of_signals_are_put_back(image: str, capfd: Capture) -> None:

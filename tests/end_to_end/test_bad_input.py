@@ -132,14 +132,17 @@ sys.exit(main())
 """
 
 
+_RUN = ("run", "--accel", "kvm")
+
+
 def test_host_without_kvm_is_told_how_to_get_it(place: Place) -> None:
-    process = Process((sys.executable, "-c", _WITH_DEVICE, place.path("kvm"), "run", str(place.image)))
+    process = Process((sys.executable, "-c", _WITH_DEVICE, place.path("kvm"), *_RUN, str(place.image)))
     _check_ends(process, 3, f"there is no {place.path('kvm')}", "modprobe")
 
 
 def test_user_who_may_not_use_kvm_is_told_which_group_to_join(place: Place) -> None:
     refuse = "import os; os.open = lambda *_: (_ for _ in ()).throw(PermissionError(13, 'Permission denied'))\n"
-    process = Process((sys.executable, "-c", refuse + _WITH_DEVICE, place.path("kvm"), "run", str(place.image)))
+    process = Process((sys.executable, "-c", refuse + _WITH_DEVICE, place.path("kvm"), *_RUN, str(place.image)))
     _check_ends(process, 3, f"no permission to open {place.path('kvm')}", "usermod -aG kvm")
 
 

@@ -58,9 +58,10 @@ def _migrates(place: Place, source: Run, name: str = "second") -> None:
         (None, ("--dirty-log", "legacy")),
         (None, ("--dirty-log", "manual")),
         (None, ("--dirty-log", "initially-set", "--cpus", "2")),
+        (None, ("--dirty-log", "ring", "--dirty-ring-size", "4096", "--cpus", "2")),
         ("tcp:127.0.0.1:0", ()),
     ],
-    ids=["unix-legacy", "unix-manual", "unix-initially-set", "tcp"],
+    ids=["unix-legacy", "unix-manual", "unix-initially-set", "unix-ring", "tcp"],
 )
 def test_guest_moves_to_another_process_and_runs_on(place: Place, uri: str | None, options: tuple[str, ...]) -> None:
     with _pair(place, *options, uri=uri) as (source, destination):

@@ -4,6 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from support.processes import ROOT, environment
 
 _BOUND = 60.0
@@ -22,8 +23,14 @@ def _processes_of(folder: Path) -> list[str]:
     return found
 
 
-def test_demonstration_shows_both_proofs_and_leaves_nothing(kvm: object, tmp_path: Path) -> None:
-    command = [sys.executable, str(ROOT / "examples/live_migration.py"), "--memory", "32M", "--last", "4M"]
+@pytest.mark.parametrize("accel", ["kvm", "unicorn"])
+def test_demonstration_shows_both_proofs_and_leaves_nothing(
+    request: pytest.FixtureRequest, tmp_path: Path, accel: str
+) -> None:
+    if accel == "kvm":
+        request.getfixturevalue("kvm")
+    options = ("--memory", "32M", "--last", "4M", "--accel", accel)
+    command = [sys.executable, str(ROOT / "examples/live_migration.py"), *options]
     done = subprocess.run(
         command, env=environment() | {"TMPDIR": str(tmp_path)}, capture_output=True, text=True, timeout=_BOUND
     )

@@ -62,6 +62,7 @@ REQUESTS = {
     "KVM_GET_XCRS": 0x8188AEA6,
     "KVM_SET_XCRS": 0x4188AEA7,
     "KVM_CLEAR_DIRTY_LOG": 0xC018AEC0,
+    "KVM_RESET_DIRTY_RINGS": 0x0000AEC7,
     "KVM_GET_XSAVE2": 0x9000AECF,
 }
 
@@ -69,6 +70,7 @@ STRUCTURES: dict[str, tuple[type[ctypes.Structure], int]] = {
     "struct kvm_userspace_memory_region": (abi.MemoryRegion, 32),
     "struct kvm_dirty_log": (abi.DirtyLog, 16),
     "struct kvm_clear_dirty_log": (abi.ClearDirtyLog, 24),
+    "struct kvm_dirty_gfn": (abi.DirtyGFN, 16),
     "struct kvm_enable_cap": (abi.EnableCap, 104),
     "struct kvm_ioeventfd": (abi.IOEventFD, 64),
     "struct kvm_coalesced_mmio_zone": (abi.CoalescedZone, 16),
@@ -158,6 +160,9 @@ def constants() -> dict[str, int]:
         "KVM_MEM_READONLY": abi.MemorySlotFlag.READONLY,
         "KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE": abi.ManualProtect.ENABLE,
         "KVM_DIRTY_LOG_INITIALLY_SET": abi.ManualProtect.INITIALLY_SET,
+        "KVM_DIRTY_GFN_F_DIRTY": abi.DirtyGFNFlag.DIRTY,
+        "KVM_DIRTY_GFN_F_RESET": abi.DirtyGFNFlag.RESET,
+        "KVM_DIRTY_LOG_PAGE_OFFSET": abi.DIRTY_RING_PAGE,
         "KVM_IRQCHIP_PIC_MASTER": abi.IRQCHIPS["pic-master"],
         "KVM_IRQCHIP_PIC_SLAVE": abi.IRQCHIPS["pic-slave"],
         "KVM_IRQCHIP_IOAPIC": abi.IRQCHIPS["ioapic"],

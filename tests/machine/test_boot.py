@@ -7,18 +7,32 @@ from support.kvm import SerialOutput
 from dirtylog.errors import UsageError
 from dirtylog.linux.kvm import KVM
 from dirtylog.linux.kvm_abi import Segment
-from dirtylog.machine import BootMode, KVMMachine, boot_flat, boot_sector
-from dirtylog.machine.kvm.machine import pc_memory
+from dirtylog.machine import BootMode, KVMMachine, MachineState, PCMachine, UnicornMachine, boot_flat, boot_sector
 from dirtylog.units import GIB, KIB, MIB, PAGE_SIZE
 
 SECTOR = bytes(510) + b"\x55\xaa"
 
 
-class Unplugged(KVMMachine):
-    """The memory of a machine, which is all that is looked at before an image is refused."""
+class Unplugged(PCMachine):
+    """A machine without a processor, which is not looked at before an image is refused."""
 
     def __init__(self, ram_size: int) -> None:
-        self.memory, self.system = pc_memory(ram_size)
+        super().__init__(ram_size, None)
+
+    def set_entry(self, entry: int, mode: BootMode) -> None:
+        raise NotImplementedError
+
+    def save_state(self) -> MachineState:
+        raise NotImplementedError
+
+    def load_state(self, state: MachineState) -> None:
+        raise NotImplementedError
+
+    def _run(self) -> None:
+        raise NotImplementedError
+
+    def _stop(self) -> None:
+        raise NotImplementedError
 
     def close(self) -> None:
         self.memory.close()
@@ -172,9 +186,13 @@ def test_long_mode_maps_the_first_4_gib_to_themselves(machine: KVMMachine) -> No
         (BootMode.LONG, 0x100000, "48b80000000021000000 48c1e820 baf8030000 ee f4"),
     ],
 )
-def test_flat_image_runs(kvm: KVM, mode: BootMode, address: int, code: str) -> None:
+@pytest.mark.parametrize("kind", ["kvm", "unicorn"])
+def test_flat_image_runs(request: pytest.FixtureRequest, kind: str, mode: BootMode, address: int, code: str) -> None:
     output = SerialOutput()
-    machine = KVMMachine(2 * MIB, transmit=output.take)
+    if kind == "kvm":
+        request.getfixturevalue("kvm")
+    make = KVMMachine if kind == "kvm" else UnicornMachine
+    machine = make(2 * MIB, transmit=output.take)
     boot_flat(machine, bytes.fromhex(code), address, mode=mode)
     machine.resume()
 

@@ -2,18 +2,21 @@
 
 import os
 import threading
+from collections import deque
 from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Final
 
 import numpy as np
+from support.require import require
 from support.waiting import BOUND
 
 from dirtylog.linux.kvm import KVM, VCPU
-from dirtylog.linux.kvm_abi import ExitReason, Segment
+from dirtylog.linux.kvm_abi import Capability, ExitReason, Segment
+from dirtylog.linux.kvm_ring import MIN_RING_ENTRIES
 from dirtylog.machine.kvm.slots import MAX_SLOT_PAGES, MemorySlots
 from dirtylog.memory import AddressSpace, Memory, MemoryRegion
-from dirtylog.trackers import KVMLogMode, TrackerListener
+from dirtylog.trackers import DirtyRings, KVMLogMode, TrackerListener
 from dirtylog.trackers.kvm_log import choose_mode
 from dirtylog.units import MIB, PAGE_SIZE
 
@@ -82,36 +85,58 @@ class SerialOutput:
 class KVMWorld:
     """`ModelWorld` on real KVM: slots and logs are the kernel's, and a vCPU writes.
 
-    The vCPU stands at a six-byte program in protected mode, without interrupt controllers, so that HLT ends KVM_RUN.
+    The vCPUs stand at a six-byte program in protected mode, without interrupt controllers, so that HLT ends KVM_RUN.
+    They take turns to write. Rings, where there are some, are as small as can be.
     """
 
-    def __init__(self, kvm: KVM, mode: KVMLogMode, pages: int, *, max_slot_pages: int = MAX_SLOT_PAGES) -> None:
+    def __init__(
+        self, kvm: KVM, mode: KVMLogMode, pages: int, *, max_slot_pages: int = MAX_SLOT_PAGES, cpus: int = 1
+    ) -> None:
+        if mode is KVMLogMode.RING:
+            require("kvm", kvm.check(Capability.DIRTY_LOG_RING), "this kernel's KVM has no dirty rings")
         self.mode = mode
-        self._vm = kvm.create_vm()
-        choose_mode(self._vm, mode)
+        self.vm = kvm.create_vm()
+        choose_mode(self.vm, mode)
+        self.rings = DirtyRings(self.vm, nullcontext, MIN_RING_ENTRIES) if mode is KVMLogMode.RING else None
         self.memory = Memory()
         self.ram: MemoryRegion = self.memory.ram("ram", pages * PAGE_SIZE)
         self.root = self.memory.container("root")
         self.root.add(self.memory.ram("code", 4 * PAGE_SIZE), _CODE_ADDRESS)
         self.system: AddressSpace = self.memory.address_space("system", self.root)
-        self.listener: TrackerListener = MemorySlots(self._vm, mode, max_pages=max_slot_pages).listener(nullcontext)
+        slots = MemorySlots(self.vm, self.rings or mode, max_pages=max_slot_pages)
+        self.listener: TrackerListener = slots.listener(nullcontext)
         self.memory.register(self.listener, self.system)
-        self._vcpu = self._vm.create_vcpu(0)
-        enter_protected_mode(self._vcpu)
+        self.vcpus = deque(self._create_vcpu(index) for index in range(cpus))
+        self.ring_full_exits = 0
         self.system.write(_CODE_ADDRESS, _WRITE_THE_LIST)
+
+    def _create_vcpu(self, index: int) -> VCPU:
+        vcpu = self.vm.create_vcpu(index)
+        if self.rings is not None:
+            self.rings.add(vcpu)
+        enter_protected_mode(vcpu)
+        return vcpu
 
     def write(self, addresses: Sequence[int]) -> None:
         """Add 1 to the byte at each address, one after the other."""
         if not addresses:
             return
         self.system.write(_LIST_ADDRESS, np.array(addresses, "<u4").tobytes())
-        regs = self._vcpu.get_regs()
+        vcpu = self.vcpus[0]
+        self.vcpus.rotate()
+        regs = vcpu.get_regs()
         regs.rip, regs.rsi, regs.rcx, regs.rflags = _CODE_ADDRESS, _LIST_ADDRESS, len(addresses), 2
-        self._vcpu.set_regs(regs)
-        assert self._vcpu.run() == ExitReason.HLT
+        vcpu.set_regs(regs)
+        while (reason := vcpu.run()) == ExitReason.DIRTY_RING_FULL and self.rings is not None:
+            self.ring_full_exits += 1
+            self.rings.make_room(vcpu)
+        assert reason == ExitReason.HLT
 
     def close(self) -> None:
         self.memory.unregister(self.listener)
-        self._vcpu.close()
-        self._vm.close()
+        if self.rings is not None:
+            self.rings.close()
+        for vcpu in self.vcpus:
+            vcpu.close()
+        self.vm.close()
         self.memory.close()

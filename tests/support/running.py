@@ -1,9 +1,9 @@
-"""Guests on real KVM that run a few instructions given as bytes, and devices that write down what reaches them."""
+"""Guests that run a few instructions given as bytes, and devices that write down what reaches them."""
 
 import struct
 import threading
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Any, Final, Self
 
 import numpy as np
 import pytest
@@ -12,9 +12,9 @@ from support.waiting import wait_until
 
 from dirtylog.guests import dirtier
 from dirtylog.linux.kvm import VCPU
-from dirtylog.machine import BootMode, KVMMachine, RunState, boot_flat, boot_sector
+from dirtylog.machine import BootMode, KVMMachine, PCMachine, RunState, UnicornMachine, boot_flat, boot_sector
 from dirtylog.machine.kvm.exits import ExitHandler
-from dirtylog.machine.kvm.machine import RAM_NAME
+from dirtylog.machine.pc import RAM_NAME
 from dirtylog.memory import AccessSizes, MemoryRegion, MemoryRegionOps, PageBitmap
 from dirtylog.memory.access import ByteOrder
 from dirtylog.units import MIB, PAGE_SIZE
@@ -73,13 +73,15 @@ def store(address: int, size: int, value: int = VALUE) -> bytes:
     )
 
 
-class Running:
+class RunningPC:
     """A machine, and what it sends."""
 
-    def __init__(self, ram_size: int = 4 * MIB, **options: Any) -> None:
+    machine: PCMachine
+
+    def __init__(self, make: Callable[..., PCMachine], ram_size: int, **options: Any) -> None:
         self.output = SerialOutput()
         self.ended = threading.Event()
-        self.machine = KVMMachine(ram_size, transmit=self.output.take, **options)
+        self.machine = make(ram_size, transmit=self.output.take, **options)
         self.memory, self.system = self.machine.memory, self.machine.system
         self.machine.observers.append(self._observe)
 
@@ -87,7 +89,7 @@ class Running:
         if new in (RunState.SHUTDOWN, RunState.INTERNAL_ERROR):
             self.ended.set()
 
-    def boot_dirtier(self) -> "Running":
+    def boot_dirtier(self) -> Self:
         boot_sector(self.machine, dirtier.build(FIRST, LAST))
         return self
 
@@ -111,7 +113,7 @@ class Running:
         assert self.system.root is not None
         return self.system.root
 
-    def start(self, code: str | bytes, mode: BootMode = BootMode.PROTECTED) -> "Running":
+    def start(self, code: str | bytes, mode: BootMode = BootMode.PROTECTED) -> Self:
         """Have it run some instructions."""
         image = bytes.fromhex(code) if isinstance(code, str) else code
         boot_flat(self.machine, image, CODE, mode=mode)
@@ -177,7 +179,26 @@ class Running:
         self.machine.close()
 
 
+class Running(RunningPC):
+    """A machine under KVM."""
+
+    machine: KVMMachine
+
+    def __init__(self, ram_size: int = 4 * MIB, **options: Any) -> None:
+        super().__init__(KVMMachine, ram_size, **options)
+
+
+class Emulated(RunningPC):
+    """A machine in Unicorn."""
+
+    machine: UnicornMachine
+
+    def __init__(self, ram_size: int = 4 * MIB, **options: Any) -> None:
+        super().__init__(UnicornMachine, ram_size, **options)
+
+
 MakeRunning = Callable[..., Running]
+MakeEmulated = Callable[..., Emulated]
 
 
 def count_exits(monkeypatch: pytest.MonkeyPatch) -> list[int]:

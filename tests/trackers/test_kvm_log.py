@@ -6,7 +6,7 @@ from dirtylog.errors import HostError
 from dirtylog.linux.kvm import KVM, VM
 from dirtylog.linux.kvm_abi import Capability, ManualProtect
 from dirtylog.memory import Memory
-from dirtylog.trackers import KVMLogMode, KVMLogTracker
+from dirtylog.trackers import KVMLogMode, KVMLogTracker, MemorySlot
 from dirtylog.trackers.kvm_log import choose_mode
 from dirtylog.units import PAGE_SIZE
 
@@ -38,6 +38,7 @@ class Offering(VM):
         (3, KVMLogMode.LEGACY, KVMLogMode.LEGACY, None),
         (3, KVMLogMode.MANUAL, KVMLogMode.MANUAL, 1),
         (0, KVMLogMode.LEGACY, KVMLogMode.LEGACY, None),
+        (3, KVMLogMode.RING, KVMLogMode.RING, None),
     ],
 )
 def test_best_or_wanted_mode_is_turned_on(
@@ -66,11 +67,11 @@ def test_mode_that_the_kernel_lacks_is_refused(offered: int, wanted: KVMLogMode,
 
 
 @pytest.mark.parametrize("mode", KVMLogMode)
-def test_only_the_legacy_log_is_cleared_by_reading(mode: KVMLogMode) -> None:  # D5
-    assert mode.clears_on_collect == (mode is KVMLogMode.LEGACY)
+def test_only_manual_protection_keeps_what_is_read(mode: KVMLogMode) -> None:  # D5
+    assert mode.clears_on_collect == (mode in (KVMLogMode.LEGACY, KVMLogMode.RING))
 
 
-@pytest.mark.parametrize("mode", KVMLogMode)
+@pytest.mark.parametrize("mode", [mode for mode in KVMLogMode if mode is not KVMLogMode.RING])
 @pytest.mark.parametrize("pages", [1, 64, 100])
 def test_tracker_of_an_idle_slot(kvm: KVM, mode: KVMLogMode, pages: int) -> None:  # W3
     memory = Memory()
@@ -80,10 +81,9 @@ def test_tracker_of_an_idle_slot(kvm: KVM, mode: KVMLogMode, pages: int) -> None
     everything = set(range(pages))
     with kvm.create_vm() as vm:
         choose_mode(vm, mode)
-        tracker = KVMLogTracker(
-            vm, mode, slot=3, gpa=1 << 32, pages=pages, hva=ram.block.mapping.address, readonly=False
-        )
-        assert (tracker.slot, tracker.pages) == (3, pages)
+        slot = MemorySlot(vm, 3, gpa=1 << 32, pages=pages, hva=ram.block.mapping.address, readonly=False)
+        tracker = KVMLogTracker(vm, mode, slot)
+        assert (slot.number, tracker.pages) == (3, pages)
         tracker.collect(words)
         assert to_bits(words) == set()
 
@@ -96,7 +96,7 @@ def test_tracker_of_an_idle_slot(kvm: KVM, mode: KVMLogMode, pages: int) -> None
         assert to_bits(words) == set()
 
         tracker.disarm()
-        tracker.remove()
+        slot.remove()
         tracker.collect(words)
         assert np.count_nonzero(words) == 0
     memory.close()

@@ -4,6 +4,7 @@ import os
 import sys
 from contextlib import ExitStack
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 
 import click
@@ -15,9 +16,19 @@ from dirtylog.control.commands import Commands, emit_events
 from dirtylog.control.controller import Controller, ShutdownCause
 from dirtylog.control.qmp import CommandRegistry, QMPServer
 from dirtylog.errors import HostError, UsageError
-from dirtylog.machine import BootMode, KVMMachine, boot_flat, boot_sector
+from dirtylog.linux.kvm import KVM
+from dirtylog.machine import BootMode, KVMMachine, PCMachine, boot_flat, boot_sector
 from dirtylog.migration import Listener, parse_address
 from dirtylog.trackers import KVMLogMode
+from dirtylog.units import MIB
+
+
+class Accel(Enum):
+    """What runs a guest."""
+
+    AUTO = "auto"
+    KVM = "kvm"
+    UNICORN = "unicorn"
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +40,7 @@ class Image:
     entry: int | None
     mode: BootMode
 
-    def boot(self, machine: KVMMachine) -> None:
+    def boot(self, machine: PCMachine) -> None:
         """Load it and point the boot vCPU at it.
 
         Raises:
@@ -47,7 +58,10 @@ class Image:
             with open(os.open(self.path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
                 os.set_blocking(file.fileno(), True)
                 size = os.fstat(file.fileno()).st_size
-                content = file.read(limit + 1) if size <= limit else b""  # what is no file tells no size
+                content = bytearray()
+                # What is no file tells no size. Asking for all at once would allocate it.
+                while size <= limit and len(content) <= limit and (part := file.read(MIB)):
+                    content += part
         except OSError as error:
             raise UsageError(
                 f"the image {self.path} cannot be read: {error.strerror}",
@@ -55,7 +69,7 @@ class Image:
             ) from error
         if max(size, len(content)) > limit:
             raise UsageError(f"the image {self.path} is larger than memory", remedy="give more with --memory")
-        return content
+        return bytes(content)
 
 
 @click.command("run")
@@ -67,16 +81,21 @@ class Image:
 @click.option("--serial", metavar="PATH", help="Write the guest's serial output there, not to standard output.")
 @click.option(
     "--accel",
-    type=click.Choice(["kvm"]),
-    default="kvm",
+    type=click.Choice([accel.value for accel in Accel]),
+    default=Accel.AUTO.value,
     show_default=True,
-    expose_value=False,
-    help="What runs the guest.",
+    help="What runs the guest: KVM, or the emulator Unicorn; auto takes KVM where it can.",
 )
 @click.option(
     "--dirty-log",
     type=click.Choice([mode.value for mode in KVMLogMode]),
-    help="How KVM logs dirty pages; the last that the kernel offers unless given.",
+    help="How KVM logs dirty pages; the last but ring that the kernel offers unless given.",
+)
+@click.option(
+    "--dirty-ring-size",
+    type=int,
+    metavar="ENTRIES",
+    help="How many dirty pages the ring of each vCPU holds, a power of two; 65536 unless given.",
 )
 @click.option("--load-address", type=ADDRESS, help="IMAGE is a flat binary to be loaded there, not a boot sector.")
 @click.option("--entry", type=ADDRESS, help="Where a flat binary starts; its load address unless given.")
@@ -95,7 +114,9 @@ def command(
     qmp: str | None,
     incoming: str | None,
     serial: str | None,
+    accel: str,
     dirty_log: str | None,
+    dirty_ring_size: int | None,
     load_address: int | None,
     entry: int | None,
     mode: str,
@@ -114,7 +135,7 @@ def command(
         signals = stack.enter_context(EndOnSignals())
         listener = None if incoming is None else _listen(stack, incoming)
         log_mode = None if dirty_log is None else KVMLogMode(dirty_log)
-        machine = KVMMachine(memory, cpus=cpus, log_mode=log_mode, transmit=_open_serial(stack, serial))
+        machine = _make_machine(Accel(accel), memory, cpus, log_mode, dirty_ring_size, _open_serial(stack, serial))
         controller = Controller(machine)
         stack.callback(controller.close)
         signals.watch(lambda: controller.quit(ShutdownCause.HOST_SIGNAL))
@@ -130,6 +151,37 @@ def command(
         if listener is not None:
             click.echo(f"dirtylog: waiting for a guest at {listener.address}", err=True)
         controller.wait()
+
+
+def _make_machine(
+    accel: Accel,
+    memory: int,
+    cpus: int,
+    log_mode: KVMLogMode | None,
+    ring_size: int | None,
+    serial: SerialOutput | None,
+) -> PCMachine:
+    """The machine, KVM's unless that is not wanted, or cannot be had and need not."""
+    if ring_size is not None and log_mode is not KVMLogMode.RING:
+        raise UsageError("--dirty-ring-size is for --dirty-log ring", remedy="give both, or none")
+    if accel is Accel.UNICORN and log_mode is not None:
+        raise UsageError("--dirty-log is KVM's, and the guest is to run in Unicorn", remedy="leave one of them out")
+    lacking = None if accel is not Accel.AUTO or log_mode is not None else _why_not_kvm()
+    if accel is not Accel.UNICORN and lacking is None:
+        return KVMMachine(memory, cpus=cpus, log_mode=log_mode, ring_size=ring_size, transmit=serial)
+    if lacking is not None:
+        click.echo(f"dirtylog: {lacking.cause}: the guest runs in Unicorn, an emulator", err=True)
+    from dirtylog.machine import UnicornMachine  # a large library, for those who need it
+
+    return UnicornMachine(memory, cpus=cpus, transmit=serial)
+
+
+def _why_not_kvm() -> HostError | None:
+    try:
+        with KVM():
+            return None
+    except HostError as error:
+        return error
 
 
 def _check_options(image: Image | None, incoming: str | None, *, paused: bool) -> None:

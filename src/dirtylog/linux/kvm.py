@@ -152,6 +152,18 @@ class VM(_Handle):
             if error.errno != errno.ENOENT:
                 raise
 
+    def reset_dirty_rings(self) -> int:
+        """Protect the pages of all entries marked as reset, and empty these; how many they were.
+
+        Signals wait meanwhile. Recent kernels give up when one is pending, and leave pages of the last entries that
+        they count unprotected.
+        """
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+        try:
+            return self._ioctl(abi.RESET_DIRTY_RINGS)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+
     def assign_eventfd(self, eventfd: abi.IOEventFD, *, assign: bool) -> None:
         """Have writes signal an eventfd instead of leaving the guest, or no longer."""
         flags = eventfd.flags | (0 if assign else abi.IOEventFDFlag.DEASSIGN)
@@ -210,13 +222,21 @@ class VCPU(_Handle):
         self._shared = memoryview(b"")
         self._exit: abi.Run | None = None
         try:
-            shared = mmap.mmap(fd, run_size, flags=mmap.MAP_SHARED)
-        except OSError as error:
+            self._shared = self.map(0, run_size)
+        except KernelError:
             self.close()
-            raise kernel_error("mmap of a vCPU", error) from error
-        self._shared = memoryview(shared)
-        self._exit = abi.Run.from_buffer(shared)
+            raise
+        self._exit = abi.Run.from_buffer(self._shared)
         self._xsave_size = max(xsave_size, abi.LEGACY_XSAVE_SIZE)
+
+    def map(self, page: int, size: int) -> memoryview:
+        """What the kernel shares from a page of the vCPU on. It lives as long as the result, even past `close`."""
+        if self.fd < 0:
+            raise ClosedError("this vCPU was closed")
+        try:
+            return memoryview(mmap.mmap(self.fd, size, flags=mmap.MAP_SHARED, offset=page * PAGE_SIZE))
+        except OSError as error:
+            raise kernel_error("mmap of a vCPU", error) from error
 
     @property
     def exit(self) -> abi.Run:

@@ -67,6 +67,7 @@ class ExitReason(IntEnum):
     INTR = 10
     INTERNAL_ERROR = 17
     SYSTEM_EVENT = 24
+    DIRTY_RING_FULL = 31
 
 
 class MemoryRegion(ctypes.Structure):
@@ -96,6 +97,19 @@ class ClearDirtyLog(ctypes.Structure):
         ("first_page", ctypes.c_uint64),
         ("dirty_bitmap", ctypes.c_uint64),
     )
+
+
+class DirtyGFNFlag(IntFlag):
+    """What has become of an entry of a dirty ring; 0 if it is empty."""
+
+    DIRTY = 1
+    RESET = 2
+
+
+class DirtyGFN(ctypes.Structure):
+    """struct kvm_dirty_gfn: the slot's number and, from bit 16 up, its address space's; a page's number in the slot."""
+
+    _fields_ = (("flags", ctypes.c_uint32), ("slot", ctypes.c_uint32), ("offset", ctypes.c_uint64))
 
 
 class EnableCap(ctypes.Structure):
@@ -263,6 +277,8 @@ COALESCED_HEAD: Final = struct.Struct("<II")  # struct kvm_coalesced_mmio_ring: 
 COALESCED_ENTRY: Final = struct.Struct("<QII8s")  # struct kvm_coalesced_mmio: address, length, pio, data
 COALESCED_ENTRIES: Final = (4096 - COALESCED_HEAD.size) // COALESCED_ENTRY.size
 
+DIRTY_RING_PAGE: Final = 64  # KVM_DIRTY_LOG_PAGE_OFFSET: where a vCPU's ring is mapped from
+
 MSR_HEADER_SIZE: Final = 8  # struct kvm_msrs without its entries
 MSR_ENTRY_SIZE: Final = 16
 CPUID_HEADER_SIZE: Final = 8  # struct kvm_cpuid2 without its entries
@@ -291,6 +307,7 @@ UNREGISTER_COALESCED: Final = iow("KVM_UNREGISTER_COALESCED_MMIO", KVMIO, 0x68, 
 IOEVENTFD: Final = iow("KVM_IOEVENTFD", KVMIO, 0x79, IOEventFD)
 ENABLE_CAP: Final = iow("KVM_ENABLE_CAP", KVMIO, 0xA3, EnableCap)
 CLEAR_DIRTY_LOG: Final = iowr("KVM_CLEAR_DIRTY_LOG", KVMIO, 0xC0, ClearDirtyLog)
+RESET_DIRTY_RINGS: Final = io("KVM_RESET_DIRTY_RINGS", KVMIO, 0xC7)
 
 RUN: Final = io("KVM_RUN", KVMIO, 0x80)
 GET_MSRS: Final = iowr("KVM_GET_MSRS", KVMIO, 0x88, MSR_HEADER_SIZE)

@@ -2,6 +2,8 @@
 
 from dirtylog.trackers.joined import JoinedTracker
 from dirtylog.trackers.kvm_log import KVMLogMode, KVMLogTracker
+from dirtylog.trackers.kvm_ring import DirtyRings, KVMRingTracker
+from dirtylog.trackers.kvm_slot import MemorySlot
 from dirtylog.trackers.listener import (
     ClearingTrackerListener,
     GlobalTrackerListener,
@@ -15,10 +17,13 @@ from dirtylog.trackers.tracker import ClearWindow, Tracker, clear_window
 __all__ = [
     "ClearWindow",
     "ClearingTrackerListener",
+    "DirtyRings",
     "GlobalTrackerListener",
     "JoinedTracker",
     "KVMLogMode",
     "KVMLogTracker",
+    "KVMRingTracker",
+    "MemorySlot",
     "SplitTrackerListener",
     "TrackedRange",
     "Tracker",

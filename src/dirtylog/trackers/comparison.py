@@ -124,7 +124,10 @@ class CopyTracker(ComparisonTracker):
 
     def _keep(self, pages: Numbers) -> None:
         whole = pages[pages < self._whole]
-        _rows(self._copy, self._whole)[whole] = _rows(self._memory, self._whole)[whole]
+        copy, memory = (_rows(one, self._whole) for one in (self._copy, self._memory))
+        for first in range(0, whole.size, _PAGES_AT_ONCE):
+            some = whole[first : first + _PAGES_AT_ONCE]
+            copy[some] = memory[some]
         if whole.size < pages.size:
             part = slice(self._whole * PAGE_SIZE, None)
             self._copy[part] = self._memory[part]

@@ -11,22 +11,23 @@ from typing import Final
 
 from dirtylog.errors import HostError
 from dirtylog.linux.kvm import VM
-from dirtylog.linux.kvm_abi import Capability, ManualProtect, MemorySlotFlag
+from dirtylog.linux.kvm_abi import Capability, ManualProtect
 from dirtylog.memory import Words
-from dirtylog.units import PAGE_SIZE
+from dirtylog.trackers.kvm_slot import MemorySlot
 
 
 class KVMLogMode(Enum):
-    """How a VM's dirty log behaves; chosen once, before its memory is set."""
+    """How a VM tells which pages were written; chosen once, before its vCPUs and its memory are made."""
 
     LEGACY = "legacy"
     MANUAL = "manual"
     INITIALLY_SET = "initially-set"
+    RING = "ring"
 
     @property
     def clears_on_collect(self) -> bool:
         """Whether reading the log clears it."""
-        return self is KVMLogMode.LEGACY
+        return self in (KVMLogMode.LEGACY, KVMLogMode.RING)
 
 
 _FLAGS: Final = {
@@ -37,13 +38,18 @@ _FLAGS: Final = {
 
 
 def choose_mode(vm: VM, wanted: KVMLogMode | None = None) -> KVMLogMode:
-    """Set a new VM's mode: the wanted one, or the best that its kernel offers.
+    """Set a new VM's mode: the wanted one, or the best log of slots that its kernel offers.
+
+    Rings are not turned on here but by `DirtyRings`, and slots have no manual protection then: what is *initially all
+    set* is not protected, and so never gets into a ring.
 
     Raises:
         HostError: the kernel does not offer the wanted one.
     """
+    if wanted is KVMLogMode.RING:
+        return wanted
     offered = ManualProtect(vm.check(Capability.MANUAL_DIRTY_LOG_PROTECT2))
-    modes = [mode for mode in reversed(KVMLogMode) if _FLAGS[mode] in offered]
+    modes = [mode for mode, flags in reversed(_FLAGS.items()) if flags in offered]
     mode = wanted or modes[0]
     if mode not in modes:
         raise HostError(
@@ -56,54 +62,37 @@ def choose_mode(vm: VM, wanted: KVMLogMode | None = None) -> KVMLogMode:
 
 
 class KVMLogTracker:
-    """The dirty log of one memory slot; also what creates and deletes the slot.
+    """The dirty log of one memory slot.
 
     Args:
         vm: the machine.
-        mode: how its log behaves.
-        slot: a free slot number.
-        gpa: where in guest physical memory.
-        pages: how many.
-        hva: where the memory is in this process; it must stay mapped until `remove`.
-        readonly: whether the guest's writes come out as MMIO exits.
+        mode: how its log behaves; not `KVMLogMode.RING`.
+        slot: the slot, which goes with the tracker.
     """
 
-    def __init__(self, vm: VM, mode: KVMLogMode, *, slot: int, gpa: int, pages: int, hva: int, readonly: bool) -> None:
+    def __init__(self, vm: VM, mode: KVMLogMode, slot: MemorySlot) -> None:
         self._vm = vm
         self._mode = mode
-        self._gpa = gpa
-        self._hva = hva
-        self._size = pages * PAGE_SIZE
         self.slot = slot
-        self._pages = pages
-        self._fixed = MemorySlotFlag.READONLY if readonly else MemorySlotFlag(0)
-        self._set(MemorySlotFlag(0))
 
     @property
     def pages(self) -> int:
         """The length of the slot."""
-        return self._pages
+        return self.slot.pages
 
     def arm(self) -> None:
         """Turn the slot's log on."""
-        self._set(MemorySlotFlag.LOG_DIRTY_PAGES)
+        self.slot.log(True)
 
     def collect(self, words: Words) -> None:
         """KVM_GET_DIRTY_LOG."""
-        self._vm.get_dirty_log(self.slot, words)
+        self._vm.get_dirty_log(self.slot.number, words)
 
     def clear(self, first: int, count: int, words: Words) -> None:
         """KVM_CLEAR_DIRTY_LOG, where reading does not clear."""
         if not self._mode.clears_on_collect:
-            self._vm.clear_dirty_log(self.slot, first, count, words)
+            self._vm.clear_dirty_log(self.slot.number, first, count, words)
 
     def disarm(self) -> None:
         """Turn the slot's log off."""
-        self._set(MemorySlotFlag(0))
-
-    def remove(self) -> None:
-        """Delete the slot."""
-        self._vm.set_memory_region(self.slot, 0, self._gpa, 0, self._hva)
-
-    def _set(self, flags: MemorySlotFlag) -> None:
-        self._vm.set_memory_region(self.slot, flags | self._fixed, self._gpa, self._size, self._hva)
+        self.slot.log(False)

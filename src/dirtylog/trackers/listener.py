@@ -4,12 +4,16 @@ import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import replace
+from typing import Final
 
 from dirtylog.errors import DirtylogError
 from dirtylog.memory import Client, MemoryListener, MemoryRegionSection, PageBitmap
+from dirtylog.memory.dirty import NOBODY
 from dirtylog.trackers.tracked import TrackedRange
 from dirtylog.trackers.tracker import Tracker
 from dirtylog.units import PAGE_SIZE, page_span
+
+EVERYBODY: Final = ~NOBODY
 
 Attach = Callable[[MemoryRegionSection], Tracker | None]
 """Makes a section's memory accessible to whoever writes it, and gives its tracker; None for what is not tracked."""
@@ -22,11 +26,16 @@ Hold = Callable[[], AbstractContextManager[object]]
 class _Section:
     """What one tracker watches: a section, or a whole block that ``shown`` sections show."""
 
-    def __init__(self, section: MemoryRegionSection, tracker: Tracker) -> None:
+    def __init__(self, section: MemoryRegionSection, tracker: Tracker, clients: Client) -> None:
+        self._clients = clients
         self.region = section.region
         self.first = section.offset_within_region // PAGE_SIZE
         self.tracked = TrackedRange(tracker)
         self.shown = 1
+
+    @property
+    def logged(self) -> bool:
+        return bool(self.region.logging & self._clients)
 
     def arm(self) -> None:
         if self.tracked.armed:
@@ -40,7 +49,7 @@ class _Section:
         if not self.tracked.armed:
             return
         try:
-            if self.region.logging:  # it is the mapping that goes away
+            if self.logged:  # it is the mapping that goes away
                 self.sync()
         except BaseException:
             self._report_all()
@@ -51,7 +60,7 @@ class _Section:
     def sync(self) -> None:
         if self.tracked.armed:
             self._report(self.tracked.collect())
-        elif self.region.logging:  # arming failed: any page may have been written
+        elif self.logged:  # arming failed: any page may have been written
             self._report_all()
 
     def clear(self, first: int, count: int) -> None:
@@ -83,11 +92,21 @@ class TrackerListener(MemoryListener):
         hold: keeps writers out while it is entered.
         whole_blocks: one tracker for each region's whole block, however many sections show how much of it: for
             mechanisms that watch the memory itself. What `attach` is given then is all of the region.
+        clients: for whom to track; others hear of it when these log.
     """
 
     priority = 10
 
-    def __init__(self, attach: Attach, detach: Detach, hold: Hold = nullcontext, *, whole_blocks: bool = False) -> None:
+    def __init__(
+        self,
+        attach: Attach,
+        detach: Detach,
+        hold: Hold = nullcontext,
+        *,
+        whole_blocks: bool = False,
+        clients: Client = EVERYBODY,
+    ) -> None:
+        self._clients = clients
         self._attach = attach
         self._detach = detach
         self._hold = hold
@@ -113,7 +132,7 @@ class TrackerListener(MemoryListener):
         """
         going, self._going = self._going, []
         coming, self._coming = self._coming, []
-        logged = any(section.region.logging for section in going)
+        logged = any(section.region.logging & self._clients for section in going)
         errors: list[Exception] = []
         with ExitStack() as held:
             if logged or _overlap(going, coming):
@@ -159,19 +178,20 @@ class TrackerListener(MemoryListener):
         tracker = None if pages is None else self._attach(pages)
         if pages is not None and tracker is not None:
             with self._lock:
-                added = self._watched[key] = _Section(pages, tracker)
-                if section.region.logging:
+                added = self._watched[key] = _Section(pages, tracker, self._clients)
+                if added.logged:
                     added.arm()
 
     def log_start(self, section: MemoryRegionSection, old: Client, new: Client) -> None:
         """Arm, if nobody logged before; else tell those who join of what was collected and not cleared."""
-        del old, new
-        self._with(section, _Section.arm)
+        del old
+        if new & self._clients:
+            self._with(section, _Section.arm)
 
     def log_stop(self, section: MemoryRegionSection, old: Client, new: Client) -> None:
         """Disarm, if nobody logs any more. If it is this listener that leaves, that waits for `commit`."""
         del old
-        if not new and not section.region.logging:
+        if not (new | section.region.logging) & self._clients:
             self._with(section, _Section.disarm)
 
     def _with(self, section: MemoryRegionSection, action: Callable[[_Section], None]) -> None:
@@ -218,11 +238,17 @@ class GlobalTrackerListener(TrackerListener):
 
 
 def tracker_listener(
-    attach: Attach, detach: Detach, hold: Hold = nullcontext, *, clears_on_collect: bool, whole_blocks: bool = False
+    attach: Attach,
+    detach: Detach,
+    hold: Hold = nullcontext,
+    *,
+    clears_on_collect: bool,
+    whole_blocks: bool = False,
+    clients: Client = EVERYBODY,
 ) -> TrackerListener:
     """The listener that suits a mechanism whose ranges are collected one by one."""
     kind = ClearingTrackerListener if clears_on_collect else SplitTrackerListener
-    return kind(attach, detach, hold, whole_blocks=whole_blocks)
+    return kind(attach, detach, hold, whole_blocks=whole_blocks, clients=clients)
 
 
 def _whole_region(section: MemoryRegionSection) -> MemoryRegionSection | None:

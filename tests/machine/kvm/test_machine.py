@@ -13,8 +13,8 @@ from dirtylog.linux.kvm import KVM, VCPU
 from dirtylog.linux.kvm_abi import Capability, ExitReason
 from dirtylog.machine import BootMode, KVMMachine, MachineState, RunState, boot_flat
 from dirtylog.machine.devices.port92 import Port92
-from dirtylog.machine.kvm.machine import LOW_RAM_LIMIT, RAM_NAME, pc_memory
 from dirtylog.machine.kvm.vcpu import VCPUThread
+from dirtylog.machine.pc import LOW_RAM_LIMIT, RAM_NAME, pc_memory
 from dirtylog.memory import Client, PageBitmap, TrackingReason
 from dirtylog.trackers import KVMLogMode
 from dirtylog.units import GIB, MIB, PAGE_SIZE

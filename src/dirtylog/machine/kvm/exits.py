@@ -2,12 +2,11 @@
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 
-from dirtylog.errors import AccessError
 from dirtylog.linux.kvm import VCPU
+from dirtylog.machine.bus import read_bus, write_bus
 from dirtylog.memory import AddressSpace
-from dirtylog.memory.access import access_size
 
 CoalescedWrites = Iterator[tuple[bool, int, bytes]]
 
@@ -39,18 +38,18 @@ class ExitHandler:
             for start in range(0, len(data), io.size):
                 element = data[start : start + io.size]
                 if io.direction:
-                    _write(self._ports, io.port, bytes(element))
+                    write_bus(self._ports, io.port, bytes(element))
                 else:
-                    element[:] = _read(self._ports, io.port, io.size)
+                    element[:] = read_bus(self._ports, io.port, io.size)
 
     def mmio(self, vcpu: VCPU) -> None:
         """An access to an address without a slot, or a write to a read-only one."""
         mmio = vcpu.exit.mmio
         with self._turn():
             if mmio.is_write:
-                _write(self._system, mmio.phys_addr, bytes(mmio.data[: mmio.len]))
+                write_bus(self._system, mmio.phys_addr, bytes(mmio.data[: mmio.len]))
             else:
-                mmio.data[: mmio.len] = _read(self._system, mmio.phys_addr, mmio.len)
+                mmio.data[: mmio.len] = read_bus(self._system, mmio.phys_addr, mmio.len)
 
     def flush(self) -> None:
         """Deliver the writes that were held back; from inside a callback nothing, since they came before its turn."""
@@ -66,34 +65,7 @@ class ExitHandler:
             self._busy = True
             try:
                 for pio, address, data in self._coalesced():
-                    _write(self._ports if pio else self._system, address, data)
+                    write_bus(self._ports if pio else self._system, address, data)
                 yield
             finally:
                 self._busy = False
-
-
-def _read(space: AddressSpace, address: int, size: int) -> bytes:
-    parts = []
-    for start, length in _accesses(space, address, size):
-        try:
-            parts.append(space.read(start, length))
-        except AccessError:
-            parts.append(b"\xff" * length)
-    return b"".join(parts)
-
-
-def _write(space: AddressSpace, address: int, data: bytes) -> None:
-    for start, length in _accesses(space, address, len(data)):
-        with suppress(AccessError):
-            space.write(start, data[start - address :][:length])
-
-
-def _accesses(space: AddressSpace, address: int, size: int) -> Iterator[tuple[int, int]]:
-    """Cut an access to what answers at once, so that each part is carried out, or refused, on its own and once."""
-    while size:
-        flat = space.view.lookup(address)
-        length = 1 if flat is None else min(size, flat.end - address)
-        if flat is not None and flat.region.ops is not None:
-            length = access_size(flat.region.ops, address - flat.start + flat.offset, length)
-        yield address, length
-        address, size = address + length, size - length

@@ -2,54 +2,34 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack
-from typing import Final
 
-from dirtylog.errors import DirtylogError, GuestError, HostError, UsageError
+from dirtylog.errors import ClosedError, DirtylogError, GuestError, HostError, UsageError
 from dirtylog.linux.kvm import KVM, KVM_DEVICE, VCPU
 from dirtylog.linux.kvm_abi import Capability, ExitReason
-from dirtylog.machine.devices.device import Device
-from dirtylog.machine.devices.port92 import Port92
-from dirtylog.machine.devices.serial import Serial
+from dirtylog.machine.entry import BootMode
 from dirtylog.machine.kvm.exits import ExitHandler
 from dirtylog.machine.kvm.gate import RunGate
 from dirtylog.machine.kvm.io import IOListener
+from dirtylog.machine.kvm.reaper import Reaper
+from dirtylog.machine.kvm.registers import start_at
 from dirtylog.machine.kvm.slots import MemorySlots
 from dirtylog.machine.kvm.vcpu import VCPUThread, failure_from
-from dirtylog.machine.machine import Machine, MachineState, RunState
-from dirtylog.memory import AddressSpace, Memory, MemoryListener
-from dirtylog.trackers import KVMLogMode
+from dirtylog.machine.machine import MachineState, RunState
+from dirtylog.machine.pc import PCMachine
+from dirtylog.memory import MemoryListener
+from dirtylog.trackers import DirtyRings, KVMLogMode
 from dirtylog.trackers.kvm_log import choose_mode
-from dirtylog.units import GIB
-
-RAM_NAME: Final = "pc.ram"
-LOW_RAM_LIMIT: Final = 3 * GIB
-"""RAM beyond this is mapped from 4 GiB up; the interrupt controllers' registers are in between."""
-PORTS: Final = 1 << 16
+from dirtylog.trackers.kvm_ring import DEFAULT_RING_ENTRIES
 
 
-def pc_memory(ram_size: int) -> tuple[Memory, AddressSpace]:
-    """A memory with one RAM block laid out as a PC's, and the address space that shows it.
-
-    Raises:
-        UsageError: the size is not a positive whole number of pages.
-        HostError: the host cannot map that much.
-    """
-    memory = Memory()
-    ram = memory.ram(RAM_NAME, ram_size)
-    root = memory.container("system")
-    root.add(memory.alias("ram-below-4g", ram, 0, min(ram_size, LOW_RAM_LIMIT)), 0)
-    if ram_size > LOW_RAM_LIMIT:
-        root.add(memory.alias("ram-above-4g", ram, LOW_RAM_LIMIT, ram_size - LOW_RAM_LIMIT), 4 * GIB)
-    return memory, memory.address_space("system", root)
-
-
-class KVMMachine(Machine):
+class KVMMachine(PCMachine):
     """vCPUs, interrupt controllers and timer in the kernel; a serial port and port 0x92 here.
 
     Args:
         ram_size: bytes, a whole number of pages.
         cpus: how many vCPUs.
-        log_mode: how the dirty log behaves; the best that the kernel offers if None.
+        log_mode: how the dirty log behaves; the best that the kernel offers, but for rings, if None.
+        ring_size: entries of each vCPU's ring, a power of two, where ``log_mode`` is `KVMLogMode.RING`.
         transmit: takes what the guest sends on its serial port, which goes nowhere if None. Must not block.
         device: where KVM is.
 
@@ -67,40 +47,40 @@ class KVMMachine(Machine):
         *,
         cpus: int = 1,
         log_mode: KVMLogMode | None = None,
+        ring_size: int | None = None,
         transmit: Callable[[bytes], None] | None = None,
         device: str = KVM_DEVICE,
     ) -> None:
         if cpus < 1:
             raise UsageError(f"a machine of {cpus} vCPUs")
+        if ring_size is not None and log_mode is not KVMLogMode.RING:
+            raise UsageError(f"a ring size without dirty rings: {ring_size}", remedy="choose the dirty log 'ring'")
+        self._rings: DirtyRings | None = None
+        self._reaper: Reaper | None = None
         self._cpus: list[VCPUThread] = []
         self._listeners: tuple[MemoryListener, ...] = ()
         with ExitStack() as undo:
             self._kvm = undo.enter_context(KVM(device))
             self._vm = undo.enter_context(self._kvm.create_vm())
-            memory, self.system = pc_memory(ram_size)
-            super().__init__(memory)
+            super().__init__(ram_size, transmit)
             undo.callback(self.close)
             self.log_mode = choose_mode(self._vm, log_mode)
             self._vm.create_irqchip()
-            self._devices: tuple[Device, ...] = (Serial(transmit or _discard), Port92())
-            self.ports = self._map_devices()
             self._exits = ExitHandler(self.system, self.ports, self._coalesced_writes)
             self._gate = RunGate()
+            if self.log_mode is KVMLogMode.RING:
+                entries = DEFAULT_RING_ENTRIES if ring_size is None else ring_size
+                self._rings = DirtyRings(self._vm, self._vcpus_held, entries)
+                self._reaper = Reaper(self._rings.reap, self._guest_ended)
             self._follow()
             self._msr_indices = self._kvm.msr_indices()
             self._create_cpus(cpus)
             undo.pop_all()
 
-    def _map_devices(self) -> AddressSpace:
-        root = self.memory.container("io", PORTS)
-        for device in self._devices:
-            root.add(self.memory.mmio(device.name, device.size, device), device.base)
-        return self.memory.address_space("io", root)
-
     def _follow(self) -> None:
         """Have KVM do what the address spaces say."""
         self._coalesced_page = self._vm.check(Capability.COALESCED_MMIO)
-        slots = MemorySlots(self._vm, self.log_mode).listener(self._vcpus_held)
+        slots = MemorySlots(self._vm, self._rings or self.log_mode).listener(self._vcpus_held)
         memory_io, port_io = IOListener(self._vm, pio=False), IOListener(self._vm, pio=True)
         for listener, space in ((slots, self.system), (memory_io, self.system), (port_io, self.ports)):
             self.memory.register(listener, space)
@@ -134,12 +114,35 @@ class KVMMachine(Machine):
         for index in range(count):
             cpu = VCPUThread(self._vm.create_vcpu(index), f"vcpu{index}", self._serve, self._guest_ended, self._gate)
             self._cpus.append(cpu)
+            if self._rings is not None:
+                self._rings.add(cpu.vcpu)
             cpu.vcpu.set_cpuid(cpuid)
 
     @property
     def boot_cpu(self) -> VCPU:
         """The vCPU that starts; for loaders, while the machine stands still."""
         return self._cpus[0].vcpu
+
+    def dirty_pages(self) -> tuple[int, ...]:
+        """For each vCPU, how many pages it wrote that were logged; see `DirtyRings.dirty_pages`. Two make a rate.
+
+        Raises:
+            UsageError: the machine has no dirty rings.
+        """
+        if self._closed:
+            raise ClosedError("the machine was closed")
+        if self._rings is None:
+            raise UsageError(
+                f"the dirty log {self.log_mode.value!r} does not tell vCPUs apart",
+                remedy="start the machine with the dirty log 'ring'",
+            )
+        self._rings.reap()
+        return self._rings.dirty_pages
+
+    def set_entry(self, entry: int, mode: BootMode) -> None:
+        """Set the boot vCPU's registers."""
+        self._check_still()
+        start_at(self.boot_cpu, entry, mode)
 
     def _run(self) -> None:
         for cpu in self._cpus:
@@ -165,6 +168,8 @@ class KVMMachine(Machine):
             self._exits.port_io(vcpu)
         elif reason == ExitReason.MMIO:
             self._exits.mmio(vcpu)
+        elif reason == ExitReason.DIRTY_RING_FULL and self._rings is not None:
+            self._rings.make_room(vcpu)
         elif reason == ExitReason.SHUTDOWN:
             raise GuestError("the guest shut down by a triple fault", remedy="look for a fault in the guest's code")
         else:
@@ -183,39 +188,32 @@ class KVMMachine(Machine):
         self._flush()
         state = {f"cpu{n}": cpu.vcpu.save_state(self._msr_indices) for n, cpu in enumerate(self._cpus)}
         state["kvm"] = self._vm.save_state()
-        return state | {device.name: device.save_state() for device in self._devices}
+        return state | self._save_devices()
 
     def load_state(self, state: MachineState) -> None:
         """The reverse of `save_state`."""
         self._check_still()
-        names = {f"cpu{n}" for n in range(len(self._cpus))} | {"kvm"} | {device.name for device in self._devices}
-        if state.keys() != names:
-            odd = ", ".join(sorted(state.keys() ^ names))
-            raise UsageError(
-                f"the state is of another machine: only one side has {odd}",
-                remedy="start both sides with equal options",
-            )
+        self._check_parts(state, {f"cpu{n}" for n in range(len(self._cpus))} | {"kvm"})
         self._vm.load_state(state["kvm"])
         for n, cpu in enumerate(self._cpus):
             cpu.vcpu.load_state(state[f"cpu{n}"])
-        for device in self._devices:
-            device.load_state(state[device.name])
+        self._load_devices(state)
 
     def close(self) -> None:
         """End the vCPUs, give KVM and the memory up."""
         self._closed = True
         self.memory.flush = None
+        if self._reaper is not None:
+            self._reaper.close()
         for cpu in self._cpus:
             cpu.close()
         with ExitStack() as last_first:
             for handle in (self.memory, self._kvm, self._vm):
                 last_first.callback(handle.close)
+            if self._rings is not None:
+                last_first.callback(self._rings.close)
             for listener in reversed(self._listeners):
                 last_first.callback(self.memory.unregister, listener)
-
-
-def _discard(data: bytes) -> None:
-    del data
 
 
 def _describe(vcpu: VCPU, reason: int) -> str:

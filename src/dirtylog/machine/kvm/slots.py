@@ -8,9 +8,13 @@ from dirtylog.linux.kvm import VM
 from dirtylog.linux.kvm_abi import Capability
 from dirtylog.memory import MemoryRegionSection
 from dirtylog.trackers import (
+    DirtyRings,
+    GlobalTrackerListener,
     JoinedTracker,
     KVMLogMode,
     KVMLogTracker,
+    KVMRingTracker,
+    MemorySlot,
     Tracker,
     TrackerListener,
     tracker_listener,
@@ -22,6 +26,9 @@ MAX_SLOT_PAGES: Final = (1 << 31) - WORD_BITS
 """KVM takes fewer than 2**31 pages in one slot (KVM_MEM_MAX_NR_PAGES); the last multiple of 64 below."""
 
 
+SlotTracker = KVMLogTracker | KVMRingTracker
+
+
 class MemorySlots:
     """Gives each section that can be read directly a memory slot, whose dirty log is the section's tracker.
 
@@ -30,13 +37,13 @@ class MemorySlots:
 
     Args:
         vm: the machine.
-        mode: how its dirty log behaves.
+        log: how its dirty log behaves, or the rings that it has instead.
         max_pages: the longest slot, whole 64-page words.
     """
 
-    def __init__(self, vm: VM, mode: KVMLogMode, *, max_pages: int = MAX_SLOT_PAGES) -> None:
+    def __init__(self, vm: VM, log: KVMLogMode | DirtyRings, *, max_pages: int = MAX_SLOT_PAGES) -> None:
         self._vm = vm
-        self._mode = mode
+        self._log = log
         self._max_pages = max_pages
         self._limit = vm.check(Capability.NR_MEMSLOTS)
         self._has_readonly = bool(vm.check(Capability.READONLY_MEM))
@@ -45,9 +52,11 @@ class MemorySlots:
 
     def listener(self, hold: Hold) -> TrackerListener:
         """The listener that makes and deletes the slots and serves their logs; ``hold`` keeps vCPUs out of KVM_RUN."""
-        return tracker_listener(self._attach, self._detach, hold, clears_on_collect=self._mode.clears_on_collect)
+        if isinstance(self._log, DirtyRings):
+            return GlobalTrackerListener(self._attach, self._detach, hold)
+        return tracker_listener(self._attach, self._detach, hold, clears_on_collect=self._log.clears_on_collect)
 
-    def _attach(self, section: MemoryRegionSection) -> JoinedTracker[KVMLogTracker] | None:
+    def _attach(self, section: MemoryRegionSection) -> JoinedTracker[SlotTracker] | None:
         block = section.region.block
         if block is None or not section.direct:
             return None
@@ -60,7 +69,7 @@ class MemorySlots:
         readonly = section.readonly or section.region.ops is not None
         if readonly and not self._has_readonly:
             raise HostError(f"this KVM has no read-only memory, which {section.region!r} needs")
-        parts: list[KVMLogTracker] = []
+        parts: list[SlotTracker] = []
         try:
             for start in range(0, section.size, self._max_pages * PAGE_SIZE):
                 pages = min(self._max_pages, (section.size - start) // PAGE_SIZE)
@@ -70,23 +79,26 @@ class MemorySlots:
             raise
         return JoinedTracker(parts)
 
-    def _make(self, gpa: int, pages: int, hva: int, *, readonly: bool) -> KVMLogTracker:
-        slot = self._take()
+    def _make(self, gpa: int, pages: int, hva: int, *, readonly: bool) -> SlotTracker:
+        number = self._take()
         try:
-            return KVMLogTracker(self._vm, self._mode, slot=slot, gpa=gpa, pages=pages, hva=hva, readonly=readonly)
+            slot = MemorySlot(self._vm, number, gpa=gpa, pages=pages, hva=hva, readonly=readonly)
         except BaseException:
-            self._free.append(slot)
+            self._free.append(number)
             raise
+        if isinstance(self._log, DirtyRings):
+            return KVMRingTracker(self._log, slot)
+        return KVMLogTracker(self._vm, self._log, slot)
 
     def _detach(self, tracker: Tracker) -> None:
         if not isinstance(tracker, JoinedTracker):
             raise UsageError(f"{type(tracker).__name__} is not the log of memory slots")
         self._remove(tracker.parts)
 
-    def _remove(self, parts: Sequence[KVMLogTracker]) -> None:
+    def _remove(self, parts: Sequence[SlotTracker]) -> None:
         for part in parts:
-            part.remove()
-            self._free.append(part.slot)
+            part.slot.remove()
+            self._free.append(part.slot.number)
 
     def _take(self) -> int:
         if self._free:

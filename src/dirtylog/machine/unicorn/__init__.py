@@ -1,0 +1,1 @@
+"""Guests in the emulator Unicorn, for hosts without KVM."""
