@@ -16,7 +16,6 @@ from dirtylog.trackers.null import NullTracker
 from dirtylog.trackers.soft_dirty import SoftDirtyTracker
 from dirtylog.trackers.tracked import TrackedRange
 from dirtylog.trackers.tracker import ClearWindow, Tracker, clear_window
-from dirtylog.trackers.watch import Watch, Written, watch, zeros
 from dirtylog.trackers.write_watch import WriteWatchTracker
 
 __all__ = [
@@ -38,11 +37,7 @@ __all__ = [
     "TrackedRange",
     "Tracker",
     "TrackerListener",
-    "Watch",
     "WriteWatchTracker",
-    "Written",
     "clear_window",
     "tracker_listener",
-    "watch",
-    "zeros",
 ]
