@@ -35,7 +35,7 @@ from dirtylog.migration.messages import (
 from dirtylog.migration.protocol import Protocol, Role, Stage
 from dirtylog.units import PAGE_SIZE
 
-_HELLO = Hello("fake", (), False)
+_HELLO = Hello("fake", (), False, 1, bytes(16))
 _WELCOME = Welcome("boot", 1, 1)
 
 

@@ -149,7 +149,7 @@ def _ones(payload: Piece) -> Piece:
 
 
 def _hello(machine: str = "fake", blocks: tuple[BlockInfo, ...] = _FAKE_BLOCKS, *, verify: bool = True) -> _Change:
-    return _instead("Hello", piece(Hello(machine, blocks, verify)))
+    return _instead("Hello", piece(Hello(machine, blocks, verify, 1, bytes(16))))
 
 
 _REFUSED: dict[str, tuple[_Change, type[DirtylogError], str]] = {

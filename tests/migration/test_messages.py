@@ -45,7 +45,7 @@ def _runs(*runs: tuple[int, int]) -> messages.Runs:
 _TABLE: list[tuple[Stage, Message, str]] = [
     (
         Stage.OPENING,
-        Hello("kvm-x86-pc", (BlockInfo("pc.ram", 1 << 30, 4096),), False),
+        Hello("kvm-x86-pc", (BlockInfo("pc.ram", 1 << 30, 4096),), False, 1, bytes(16)),
         "0100 0000 48000000"
         "83 a7 6d616368696e65 aa 6b766d2d7838362d7063"  # machine: kvm-x86-pc
         "a6 626c6f636b73 91 83 a4 6e616d65 a6 70632e72616d"  # blocks: name: pc.ram

@@ -13,6 +13,7 @@ from dirtylog.migration.channel import Channel
 from dirtylog.migration.messages import Message, Pages, PassDone, PassEnd, ZeroPages, encode
 from dirtylog.migration.parameters import Parameters
 from dirtylog.migration.precopy import Precopy
+from dirtylog.migration.sender import Lanes, senders
 from dirtylog.migration.statistics import Statistics
 from dirtylog.units import MIB, PAGE_SIZE
 
@@ -46,9 +47,9 @@ class _Sending:
     cancelled: threading.Event = field(default_factory=threading.Event)
 
     def __post_init__(self) -> None:
-        self.precopy = Precopy(
-            self.machine.memory, self.destination, self.statistics, lambda: self.parameters, self.cancelled
-        )
+        blocks = tuple(self.machine.memory.blocks.values())
+        lanes = Lanes(senders([self.destination], blocks, self.parameters))
+        self.precopy = Precopy(self.machine.memory, lanes, self.statistics, lambda: self.parameters, self.cancelled)
 
 
 class _Clock:

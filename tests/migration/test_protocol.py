@@ -31,7 +31,7 @@ from dirtylog.migration.protocol import SENDERS, TRANSITIONS, Protocol, Role, St
 
 _RUNS = np.array([[0, 1]], np.int64)
 _EXAMPLES: dict[type[Message], Message] = {
-    Hello: Hello("fake", (), False),
+    Hello: Hello("fake", (), False, 1, bytes(16)),
     Welcome: Welcome("boot", 1, 1),
     Pages: Pages(0, _RUNS),
     ZeroPages: ZeroPages(0, _RUNS),

@@ -169,14 +169,14 @@ class MemfdMapping(_Mapped):
 
         For memory that is about to be filled: one fault and one clearing instead of 512, an order of magnitude faster.
         The policy for shared memory (shmem_enabled) does not matter to MADV_COLLAPSE, but it does not look at a range
-        of which nothing is present: so one page is touched first.
+        of which nothing is present: so one page is populated first. Contents stay, whoever writes them meanwhile.
 
         Returns:
             Whether there is a huge page now. If not, nothing is lost.
         """
         if not self._has_huge_pages or start + HUGE_PAGE_SIZE > self.size:
             return False
-        self.array[start] = 0
+        self.populate(start, PAGE_SIZE)
         if _libc.madvise(self.address + start, HUGE_PAGE_SIZE, _MADV_COLLAPSE) == 0:
             return True
         # EAGAIN and ENOMEM pass: no huge page is free now. Anything else will not get better: an old kernel, or one

@@ -10,6 +10,7 @@ destination says that it gave up, or if the destination's process is known to ha
 are on one host. Otherwise the guest stays stopped here and the operator, who can look at the destination, decides.
 """
 
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -21,9 +22,10 @@ from dirtylog.machine import Machine, RunState
 from dirtylog.migration.address import Address
 from dirtylog.migration.channel import STALL_TIMEOUT, Channel, connect
 from dirtylog.migration.digest import block_digest
-from dirtylog.migration.messages import BlockInfo, Digests, Handover, Hello, Ready, State, Taken, Welcome
+from dirtylog.migration.messages import BlockInfo, Digests, Handover, Hello, Join, Joined, Ready, State, Taken, Welcome
 from dirtylog.migration.parameters import Parameters
 from dirtylog.migration.precopy import Precopy
+from dirtylog.migration.sender import Lanes, senders
 from dirtylog.migration.statistics import ENDED, Statistics, Status
 from dirtylog.migration.switchover import should_switch_over
 from dirtylog.units import MIB, PAGE_SIZE
@@ -40,7 +42,7 @@ class OutgoingMigration:
     """Moves a machine away while it runs. `run` does it in the calling thread; the rest may be used from any.
 
     Attributes:
-        parameters: may be replaced at any time; a new clear chunk or ``verify`` comes too late once it began.
+        parameters: may be replaced at any time; what says how memory is sent comes too late once it began.
         status: how it stands.
         statistics: what it has done.
         error: why it failed, if it did.
@@ -61,7 +63,9 @@ class OutgoingMigration:
         self._let_go = False
         self._came_back = False
         self._verify = False
-        self._channel: Channel | None = None
+        self._session = os.urandom(16)
+        self._channel_count = 1
+        self._channels: list[Channel] = []
         self._began = time.monotonic()
 
     @property
@@ -84,8 +88,8 @@ class OutgoingMigration:
             if self._let_go or self.ended:
                 return False
             self._cancelled.set()
-            if self._channel is not None:
-                self._channel.abort()
+            for channel in self._channels:
+                channel.abort()
             self._set_status(Status.CANCELLING)
             return True
 
@@ -100,11 +104,10 @@ class OutgoingMigration:
         self._began = time.monotonic()
         try:
             self._enter(Status.SETUP)
-            with self._connected() as channel:
-                try:
-                    self._migrate(channel)
-                finally:
-                    self._disown_channel()
+            try:
+                self._migrate(self._connected())
+            finally:
+                self._close_channels()
         except BaseException as error:
             failure = self._failed(error)
             if failure is error or not isinstance(error, Exception):
@@ -127,15 +130,17 @@ class OutgoingMigration:
         self._end(Status.CANCELLED if cancelled else Status.FAILED)
         return failure
 
-    def _disown_channel(self) -> None:
-        """Before it is closed: from then on its descriptor's number may be another's."""
+    def _close_channels(self) -> None:
+        """Disown them before: from then on their descriptors' numbers may be others'."""
         with self._lock:
-            self._channel = None
+            channels, self._channels = self._channels, []
+        for channel in channels:
+            channel.close()
 
     def _connected(self) -> Channel:
         channel = connect(self._address)
         with self._lock:
-            self._channel = channel
+            self._channels.append(channel)
             if self._cancelled.is_set():
                 channel.abort()
         return channel
@@ -143,27 +148,50 @@ class OutgoingMigration:
     def _migrate(self, channel: Channel) -> None:
         try:
             destination = self._agree(channel)
-            channel.set_timeout(STALL_TIMEOUT)
+            channels = [channel, *(self._joined() for _ in range(1, self._channel_count))]
+            for each in channels:
+                each.set_timeout(STALL_TIMEOUT)
             self.statistics.setup_seconds = time.monotonic() - self._began
-            precopy = Precopy(self._machine.memory, channel, self.statistics, lambda: self.parameters, self._cancelled)
-            try:
-                self._send_while_running(precopy)
-                self._switch_over(channel, precopy, destination)
-            finally:
-                precopy.stop()
+            self._send_all(channels, destination)
         except DisconnectedError as error:
             if isinstance(error, InDoubtError):
                 raise
             raise channel.last_words() or error from error
 
+    def _joined(self) -> Channel:
+        """One more channel."""
+        channel = self._connected()
+        channel.send(Join(self._session))
+        channel.expect(Joined)
+        return channel
+
+    def _send_all(self, channels: list[Channel], destination: ProcessName) -> None:
+        blocks = tuple(self._machine.memory.blocks.values())
+        lanes = Lanes(senders(channels, blocks, self.parameters))
+        precopy = Precopy(self._machine.memory, lanes, self.statistics, lambda: self.parameters, self._cancelled)
+        try:
+            self._send_while_running(precopy)
+            self._switch_over(channels[0], precopy, destination)
+        except BaseException:
+            if len(channels) > 1:  # their threads may wait for the destination, which may have last words
+                for channel in channels:
+                    channel.stop_sending()
+            raise
+        finally:
+            precopy.stop()
+            lanes.close()
+
     def _agree(self, channel: Channel) -> ProcessName:
         blocks = self._machine.memory.blocks.values()
         self._verify = self.parameters.verify
+        self._channel_count = self.parameters.channels
         channel.send(
             Hello(
                 self._machine.kind,
                 tuple(BlockInfo(block.name, block.size, PAGE_SIZE) for block in blocks),
                 self._verify,
+                self._channel_count,
+                self._session,
             )
         )
         welcome = channel.expect(Welcome)

@@ -1,12 +1,22 @@
 """What a user may set about a migration."""
 
 from dataclasses import dataclass
+from enum import Enum
+from typing import Final
 
 from dirtylog.errors import UsageError
-from dirtylog.units import MIB
+from dirtylog.migration.messages import MAX_CHANNELS
+from dirtylog.units import MIB, PAGE_SIZE
 
-MAX_DOWNTIME_LIMIT = 2000.0
+MAX_DOWNTIME_LIMIT: Final = 2000.0
 """QEMU's upper bound, in seconds."""
+
+
+class Compression(Enum):
+    """Whether contents may be compressed."""
+
+    NONE = "none"
+    AUTO = "auto"
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +31,10 @@ class Parameters:
             whole 64-page words.
         verify: compare a digest of every block at the switchover. That takes time with the guest stopped, which is
             reported apart from the downtime.
+        channels: parallel connections.
+        compression: whether zstd may be used where it saves time.
+        delta_cache: bytes of copies kept of what was sent, so that what changed a little is sent as a difference, where
+            that saves time; 0 for none.
 
     Raises:
         UsageError: a value is out of range.
@@ -30,6 +44,9 @@ class Parameters:
     max_bandwidth: int = 0
     clear_chunk: int = 128 * MIB
     verify: bool = False
+    channels: int = 1
+    compression: Compression = Compression.NONE
+    delta_cache: int = 0
 
     def __post_init__(self) -> None:
         if not 0 <= self.downtime_limit <= MAX_DOWNTIME_LIMIT:
@@ -38,3 +55,7 @@ class Parameters:
             raise UsageError(f"a bandwidth of {self.max_bandwidth} bytes a second", remedy="0 means no limit")
         if not 1 <= self.clear_chunk < 1 << 63:
             raise UsageError(f"a clear chunk of {self.clear_chunk} bytes", remedy="128M is usual")
+        if not 1 <= self.channels <= MAX_CHANNELS:
+            raise UsageError(f"{self.channels} channels", remedy=f"1 to {MAX_CHANNELS} can be had")
+        if self.delta_cache and not PAGE_SIZE <= self.delta_cache < 1 << 63:
+            raise UsageError(f"a cache of {self.delta_cache} bytes", remedy="64M is usual; 0 means none")

@@ -7,7 +7,12 @@ sender of half of the messages. A message that the table does not allow is an er
 
     OPENING      Hello      → OFFERED        source says what is coming
     OFFERED      Welcome    → STREAMING      destination agrees
-    STREAMING    Pages, ZeroPages            memory
+    OPENING      Join       → JOINING        one more channel, for memory only
+    JOINING      Joined     → SIDE
+    SIDE         Pages, EncodedPages, ZeroPages
+    SIDE         PassEnd    → SIDE_ENDED
+    SIDE_ENDED   PassDone   → SIDE
+    STREAMING    Pages, EncodedPages, ZeroPages  memory
     STREAMING    PassEnd    → PASS_ENDED     ... of one pass
     PASS_ENDED   PassDone   → STREAMING      destination has it all
     STREAMING    Digests    → DIGESTED       if they were agreed on
@@ -29,9 +34,12 @@ from dirtylog.migration.messages import (
     PREAMBLE,
     VERSION,
     Digests,
+    EncodedPages,
     Failed,
     Handover,
     Hello,
+    Join,
+    Joined,
     Message,
     Pages,
     PassDone,
@@ -59,6 +67,9 @@ class Stage(Enum):
 
     OPENING = auto()
     OFFERED = auto()
+    JOINING = auto()
+    SIDE = auto()
+    SIDE_ENDED = auto()
     STREAMING = auto()
     PASS_ENDED = auto()
     DIGESTED = auto()
@@ -72,8 +83,11 @@ class Stage(Enum):
 TRANSITIONS: Final[dict[tuple[Stage, type[Message]], Stage]] = {
     (Stage.OPENING, Hello): Stage.OFFERED,
     (Stage.OFFERED, Welcome): Stage.STREAMING,
-    (Stage.STREAMING, Pages): Stage.STREAMING,
-    (Stage.STREAMING, ZeroPages): Stage.STREAMING,
+    (Stage.OPENING, Join): Stage.JOINING,
+    (Stage.JOINING, Joined): Stage.SIDE,
+    (Stage.SIDE, PassEnd): Stage.SIDE_ENDED,
+    (Stage.SIDE_ENDED, PassDone): Stage.SIDE,
+    **{(stage, kind): stage for stage in (Stage.STREAMING, Stage.SIDE) for kind in (Pages, EncodedPages, ZeroPages)},
     (Stage.STREAMING, PassEnd): Stage.PASS_ENDED,
     (Stage.PASS_ENDED, PassDone): Stage.STREAMING,
     (Stage.STREAMING, Digests): Stage.DIGESTED,
@@ -87,10 +101,10 @@ TRANSITIONS: Final[dict[tuple[Stage, type[Message]], Stage]] = {
 
 SENDERS: Final[dict[type[Message], frozenset[Role]]] = {
     **dict.fromkeys(
-        (Hello, Pages, ZeroPages, PassEnd, Digests, State, Handover),
+        (Hello, Join, Pages, EncodedPages, ZeroPages, PassEnd, Digests, State, Handover),
         frozenset({Role.SOURCE}),
     ),
-    **dict.fromkeys((Welcome, PassDone, Ready, Taken), frozenset({Role.DESTINATION})),
+    **dict.fromkeys((Welcome, Joined, PassDone, Ready, Taken), frozenset({Role.DESTINATION})),
     Failed: frozenset(Role),
 }
 
@@ -98,8 +112,8 @@ SENDERS: Final[dict[type[Message], frozenset[Role]]] = {
 class Protocol:
     """One side's view of the conversation.
 
-    To send, hand a message to `send` and put the bytes it returns on the wire, followed by the payload for `Pages`. To
-    receive, read exactly `wanted` bytes and hand them to `receive`, until it returns a message; after `Pages` the
+    To send, hand a message to `send` and put the bytes it returns on the wire, followed by the payload of `Pages` and
+    `EncodedPages`. To receive, read exactly `wanted` bytes and hand them to `receive`, until it returns a message; the
     payload, which never passes through here, comes before the next frame.
 
     Attributes:

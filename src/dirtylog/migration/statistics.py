@@ -4,6 +4,11 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Final
 
+from dirtylog.migration.economy import Way
+
+Ways = dict[Way, tuple[int, int]]
+"""Pages with contents, and bytes they took on the wire, by the way they were sent."""
+
 
 class Status(Enum):
     """How a migration stands, in QEMU's words."""
@@ -34,7 +39,8 @@ class PassStatistics:
         seconds: until the destination had it all; so far, while it lasts.
         starved: for how much of that one side had work but no CPU.
         dirtied: pages found dirty afterwards.
-        bandwidth: bytes a second that the last pass would get, see `switchover.link_bandwidth`.
+        ways: pages with contents, and bytes they took on the wire, by the way they were sent.
+        bandwidth: bytes of memory a second that the last pass would get, see `switchover.link_bandwidth`.
         expected_downtime: had the guest been stopped after it.
     """
 
@@ -47,6 +53,7 @@ class PassStatistics:
     dirtied: int = 0
     bandwidth: float = 0.0
     expected_downtime: float = 0.0
+    ways: Ways = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -85,6 +92,7 @@ class Statistics:
             self.forgotten.pages += oldest.pages
             self.forgotten.zero_pages += oldest.zero_pages
             self.forgotten.bytes += oldest.bytes
+            add_ways(self.forgotten.ways, oldest.ways)
         self.passes.append(current)
         return current
 
@@ -107,3 +115,18 @@ class Statistics:
     def bytes(self) -> int:
         """Bytes sent."""
         return self.forgotten.bytes + sum(one.bytes for one in self.passes)
+
+    @property
+    def ways(self) -> Ways:
+        """Pages with contents, and bytes they took, by the way they were sent."""
+        total: Ways = {}
+        for one in (self.forgotten, *self.passes):
+            add_ways(total, one.ways)
+        return total
+
+
+def add_ways(total: Ways, more: Ways) -> None:
+    """Add what was sent in each way to a sum."""
+    for way, (pages, size) in more.items():
+        old_pages, old_size = total.get(way, (0, 0))
+        total[way] = old_pages + pages, old_size + size
