@@ -222,7 +222,7 @@ def test_peer_that_said_something_else_has_no_last_words(channels: tuple[Channel
     source, destination = channels
     source.send(PassEnd(1))
     destination.receive()
-    destination.send(PassDone(1, 0))
+    destination.send(PassDone(1, 0, 0, 0))
     destination.close()
     assert source.last_words() is None
     assert source.last_words() is None

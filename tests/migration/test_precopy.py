@@ -8,12 +8,13 @@ from support.streams import fake_machine
 
 from dirtylog.errors import CancelledError, ProtocolError
 from dirtylog.memory import TrackingReason
+from dirtylog.migration import lanes as lanes_module
 from dirtylog.migration import precopy as precopy_module
 from dirtylog.migration.channel import Channel
+from dirtylog.migration.lanes import Lanes, senders
 from dirtylog.migration.messages import Message, Pages, PassDone, PassEnd, ZeroPages, encode
 from dirtylog.migration.parameters import Parameters
 from dirtylog.migration.precopy import Precopy
-from dirtylog.migration.sender import Lanes, senders
 from dirtylog.migration.statistics import Statistics
 from dirtylog.units import MIB, PAGE_SIZE
 
@@ -33,7 +34,7 @@ class _Destination(Channel):
     def receive(self) -> Message:
         last = self.heard[-1]
         assert isinstance(last, PassEnd), "asked for an answer before the pass was over"
-        return PassDone(last.number if self.number is None else self.number, self.starved_ns)
+        return PassDone(last.number if self.number is None else self.number, self.starved_ns, 0, 0)
 
 
 @dataclass
@@ -159,7 +160,7 @@ def test_only_an_unlimited_link_is_credited_with_time_without_cpu(
 ) -> None:
     """Who keeps to a limit would have waited anyway."""
     monkeypatch.setattr(precopy_module, "_TELLING_SIZE", 100)
-    monkeypatch.setattr(precopy_module, "thread_starved_ns", lambda: 0)
+    monkeypatch.setattr(lanes_module, "thread_starved_ns", lambda: 0)
     monkeypatch.setattr(precopy_module, "time", _Clock())
     sending.parameters = Parameters(max_bandwidth=max_bandwidth)
     sending.precopy.start()
@@ -170,7 +171,7 @@ def test_only_an_unlimited_link_is_credited_with_time_without_cpu(
     sending.precopy.send_pass(paced=True)
     one = sending.statistics.passes[1]
     assert (one.pages, one.seconds, one.starved) == (10, 2.0, 1.0)
-    assert one.bandwidth == share * one.bytes / one.seconds
+    assert one.bandwidth == share * one.pages * PAGE_SIZE / one.seconds
 
 
 def test_estimate_grows_with_what_is_left(sending: _Sending) -> None:

@@ -4,7 +4,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from dirtylog.errors import DirtylogError, ProtocolError, RefusedError
+from dirtylog.errors import ProtocolError, RefusedError
 from dirtylog.linux.process import thread_starved_ns
 from dirtylog.migration.channel import Channel
 from dirtylog.migration.messages import EncodedPages, Failed, Message, Pages, PassDone, PassEnd, ZeroPages
@@ -43,7 +43,6 @@ class Filler:
             raise ProtocolError(f"the source sent {type(message).__name__} where only memory is expected")
 
     def _decode(self, message: EncodedPages) -> None:
-        self._ram.check(message)
         data = bytearray(message.size)
         self._channel.receive_into([memoryview(data)])
         began = time.monotonic_ns()
@@ -71,7 +70,7 @@ class SideFiller:
         self._ram = ram
         self._on_failure = on_failure
         self._closing = False
-        self._error: DirtylogError | None = None
+        self._error: Exception | None = None
         self._thread = threading.Thread(target=self._run, name="side-channel", daemon=True)
         self._thread.start()
 
@@ -83,7 +82,7 @@ class SideFiller:
         self._channel.close()
 
     def check(self) -> None:
-        """Raise what ended it before it was closed, if anything did."""
+        """Raise what ended it, if anything but `close` did."""
         if self._error is not None:
             raise self._error
 
@@ -92,7 +91,7 @@ class SideFiller:
             filler = Filler(self._channel, self._ram)
             while True:
                 filler.take(self._channel.receive())
-        except DirtylogError as error:
+        except Exception as error:  # noqa: BLE001 - raised by `check`
             if not self._closing:
                 self._error = error
                 self._on_failure()

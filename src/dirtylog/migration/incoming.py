@@ -4,7 +4,7 @@ import contextlib
 import hmac
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Final
 
 from dirtylog.errors import (
@@ -38,8 +38,8 @@ from dirtylog.migration.prepare import Preparer
 from dirtylog.migration.ram import IncomingRAM
 from dirtylog.units import PAGE_SIZE, format_size
 
-_STRANGERS: Final = 16
-"""Connections that are turned away while a further channel is waited for."""
+_JOIN_TIMEOUT: Final = 3.0
+"""Seconds that a connection is given to say that it is one of the source's further channels."""
 
 
 class IncomingMigration:
@@ -110,10 +110,11 @@ class IncomingMigration:
     def _receive(self, channel: Channel) -> None:
         hello = channel.expect(Hello)
         self._welcome(channel, hello)
-        with self._side_channels(hello):
+        with self._side_channels(hello) as sides:
             channel.set_timeout(0)
-            message = self._fill(channel)
-        self._load(message)
+            message = self._fill(channel, sides)
+        state = self._compare(channel, message) if isinstance(message, Digests) else message
+        self._load(state)
         channel.send(Ready(self._digests, self._verify_ns))
         channel.expect(Handover)
         with self._lock:
@@ -121,34 +122,30 @@ class IncomingMigration:
         # The source has let go for good: if it is gone by now, the guest runs here all the same.
         with contextlib.suppress(CancelledError, DisconnectedError):
             channel.send(Taken())
-        self._machine.release(RunState.RUNNING if message.running else RunState.PAUSED)
+        self._machine.release(RunState.RUNNING if state.running else RunState.PAUSED)
 
-    def _fill(self, channel: Channel) -> State:
-        """Take what comes on the main channel, until it is the machine's state."""
+    def _fill(self, channel: Channel, sides: Sequence[SideFiller]) -> Digests | State:
+        """Take what comes on the main channel, until memory is complete."""
         filler = Filler(channel, self._ram)
-        while True:
-            message = channel.receive()
-            if isinstance(message, State):
-                return message
-            if isinstance(message, Digests):
-                self._compare(message)
-            else:
-                filler.take(message)
+        while not isinstance(message := channel.receive(), Digests | State):
+            filler.take(message)
+            for side in sides:
+                side.check()
+        return message
 
     @contextlib.contextmanager
-    def _side_channels(self, hello: Hello) -> Iterator[None]:
-        """The further channels of a source, each with a thread of its own, until they are not needed any more.
+    def _side_channels(self, hello: Hello) -> Iterator[list[SideFiller]]:
+        """The further channels of a source, each with a thread of its own, until memory is complete.
 
-        When this ends no memory can arrive on them: the source has heard that every pass on every channel is here.
+        A source that keeps to the protocol has nothing more to say there then. Whatever one says, it does not reach
+        memory any more: it has been compared by then, or is about to run.
         """
         fillers: list[SideFiller] = []
         try:
-            for _ in range(1, hello.channels):
-                side = self._accept_side(hello.session)
-                self._adopt(side)
-                fillers.append(SideFiller(side, self._ram, self._side_failed))
+            while len(fillers) < hello.channels - 1:
+                fillers.append(SideFiller(self._accept_side(hello.session), self._ram, self._side_failed))
             self._listener.close()
-            yield
+            yield fillers
         finally:
             for filler in fillers:
                 filler.close()
@@ -172,20 +169,22 @@ class IncomingMigration:
         channel.send(Welcome(name.boot_id, name.pid, name.start_time))
 
     def _accept_side(self, session: bytes) -> Channel:
-        """The next connection that names the session; others are turned away, a few at most."""
-        for _ in range(_STRANGERS):
-            side = self._listener.accept(HANDSHAKE_TIMEOUT)
-            try:
+        """The next connection that names the session. Others are turned away, as long as the source can wait."""
+        deadline = time.monotonic() + HANDSHAKE_TIMEOUT
+        while (left := deadline - time.monotonic()) > 0:
+            with (
+                contextlib.suppress(PeerError),
+                contextlib.ExitStack() as stack,
+            ):  # not the source's, as far as one knows
+                side = stack.enter_context(self._listener.accept(left))
+                self._adopt(side)
+                side.set_timeout(_JOIN_TIMEOUT)
                 if hmac.compare_digest(side.expect(Join).session, session):
                     side.send(Joined())
                     side.set_timeout(0)
+                    stack.pop_all()
                     return side
-            except PeerError:  # not the source's doing, as far as one can know
-                pass
-            side.close()
-        raise ProtocolError(
-            "the source's further channels did not come", remedy="see who else connects to this address"
-        )
+        raise ProtocolError("the source's further channels did not come", remedy="see who else connects here")
 
     def _side_failed(self) -> None:
         """Wake the main channel's thread, which raises the error when the side channels are closed."""
@@ -193,7 +192,8 @@ class IncomingMigration:
             for channel in self._channels[:1]:
                 channel.stop_receiving()
 
-    def _compare(self, digests: Digests) -> None:
+    def _compare(self, channel: Channel, digests: Digests) -> State:
+        """Compare memory with the source's; the state, which comes next."""
         if not self._verify:
             raise ProtocolError("the source sent digests that were not agreed on")
         began = time.monotonic_ns()
@@ -201,6 +201,7 @@ class IncomingMigration:
         self._verify_ns = time.monotonic_ns() - began
         if self._digests != digests.blocks:
             raise ProtocolError("memory differs from the source's at the switchover")
+        return channel.expect(State)
 
     def _load(self, state: State) -> None:
         if self._verify and not self._digests:

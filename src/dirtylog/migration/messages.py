@@ -15,7 +15,7 @@ import numpy.typing as npt
 from dirtylog.errors import ProtocolError
 from dirtylog.units import PAGE_SIZE
 
-VERSION: Final = 1
+VERSION: Final = 2
 MAGIC: Final = b"DIRTYLOG"
 PREAMBLE: Final = struct.Struct("<8sI")
 """Each side's first bytes: magic, version. Everything after them belongs to that version."""
@@ -77,19 +77,6 @@ class Welcome(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     start_time: Count
 
 
-class Join(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Source: this connection is one more of the session's channels, for memory only."""
-
-    TYPE: ClassVar[int] = 14
-    session: Session
-
-
-class Joined(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Destination: the channel is taken in."""
-
-    TYPE: ClassVar[int] = 15
-
-
 class PassEnd(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Source: everything that was dirty when the pass began has been sent."""
 
@@ -107,8 +94,8 @@ class PassDone(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     TYPE: ClassVar[int] = 6
     number: Count
     starved_ns: Count
-    decoded: Count = 0
-    decode_ns: Count = 0
+    decoded: Count
+    decode_ns: Count
 
 
 class Digests(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -154,6 +141,19 @@ class Failed(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     TYPE: ClassVar[int] = 12
     reason: Annotated[str, msgspec.Meta(max_length=4096)]
+
+
+class Join(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Source: this connection is one more of the session's channels, for memory only."""
+
+    TYPE: ClassVar[int] = 14
+    session: Session
+
+
+class Joined(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Destination: the channel is taken in."""
+
+    TYPE: ClassVar[int] = 15
 
 
 class _RunTable:
@@ -239,13 +239,13 @@ class ZeroPages(_RunTable):
     __slots__ = ()
 
 
-Packed = Hello | Welcome | Join | Joined | PassEnd | PassDone | Digests | State | Ready | Handover | Taken | Failed
+Packed = Hello | Welcome | PassEnd | PassDone | Digests | State | Ready | Handover | Taken | Failed | Join | Joined
 RunTable = Pages | ZeroPages | EncodedPages
 Message = Packed | RunTable
 
 _PACKED: Final = {
     kind.TYPE: kind
-    for kind in (Hello, Welcome, Join, Joined, PassEnd, PassDone, Digests, State, Ready, Handover, Taken, Failed)
+    for kind in (Hello, Welcome, PassEnd, PassDone, Digests, State, Ready, Handover, Taken, Failed, Join, Joined)
 }
 _RUN_TABLES: Final = {kind.TYPE: kind for kind in (Pages, ZeroPages, EncodedPages)}
 MESSAGES: Final[dict[int, type[Message]]] = {**_PACKED, **_RUN_TABLES}

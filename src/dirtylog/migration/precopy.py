@@ -6,12 +6,12 @@ from collections.abc import Callable
 from typing import Final
 
 from dirtylog.errors import UsageError
-from dirtylog.linux.process import thread_starved_ns
 from dirtylog.memory import Memory, TrackingReason
+from dirtylog.migration.lanes import Lanes
 from dirtylog.migration.pacer import Pacer
 from dirtylog.migration.parameters import Parameters
 from dirtylog.migration.ram import Batch, DirtyRAM
-from dirtylog.migration.sender import Lanes, Sent
+from dirtylog.migration.sender import Sent
 from dirtylog.migration.statistics import PassStatistics, Statistics, add_ways
 from dirtylog.migration.switchover import Estimate, link_bandwidth
 from dirtylog.units import MIB, PAGE_SIZE
@@ -82,18 +82,18 @@ class Precopy:
     def send_pass(self, *, paced: bool) -> None:
         """Send everything that is dirty, and wait until the destination has it."""
         current = self._statistics.begin_pass()
-        began, starved = time.monotonic(), thread_starved_ns()
+        began = time.monotonic()
         self._paced = paced
-        self._lanes.limit(self._limit())
+        self._lanes.begin_pass()
         for block in self._blocks:
             for batch in block.batches():
+                self._lanes.limit(self._limit())
                 self._count(batch, current)
                 self._pacer.pace(self._note(self._lanes.send(batch), current))
                 current.seconds = time.monotonic() - began
-        sent, starved_there = self._lanes.end_pass(current.number)
-        self._note(sent, current)
+        sent, current.starved = self._lanes.end_pass(current.number)
+        self._pacer.pace(self._note(sent, current))
         current.seconds = time.monotonic() - began
-        current.starved = max((thread_starved_ns() - starved) / 1e9, starved_there)
         # Under a limit, threads that get their CPU late only wait less for the limit.
         contents = current.pages * PAGE_SIZE
         bandwidth = link_bandwidth(contents, current.seconds, 0 if self._limit() else current.starved)
@@ -110,10 +110,11 @@ class Precopy:
         current.pages += pages
         self._statistics.remaining_pages -= zeros + pages
 
-    @staticmethod
-    def _note(sent: Sent, current: PassStatistics) -> int:
+    def _note(self, sent: Sent, current: PassStatistics) -> int:
         current.bytes += sent.bytes
         add_ways(current.ways, sent.ways)
+        self._statistics.missed += sent.missed
+        self._statistics.overflowed += sent.overflowed
         return sent.bytes
 
     def estimate(self) -> Estimate:
@@ -121,6 +122,7 @@ class Precopy:
         current = self._statistics.passes[-1]
         current.dirtied = self.sync()
         self._statistics.dirty_rate = current.dirtied / current.seconds if current.seconds else 0.0
-        estimate = Estimate(self._statistics.remaining_pages, self._bandwidth, _FIXED_DOWNTIME)
+        bandwidth = self._parameters().switchover_bandwidth or self._bandwidth
+        estimate = Estimate(self._statistics.remaining_pages, bandwidth, _FIXED_DOWNTIME)
         current.expected_downtime = estimate.downtime
         return estimate

@@ -5,11 +5,12 @@ virtual machine its host does so again. A destination that waits has the time. W
 is given back as it would be anyway (M4).
 """
 
+import contextlib
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Final
 
-from dirtylog.errors import KernelError
+from dirtylog.errors import HostError, KernelError
 from dirtylog.linux.host import available_memory
 from dirtylog.memory import RAMBlock
 from dirtylog.units import HUGE_PAGE_SIZE
@@ -21,7 +22,8 @@ _SHARE: Final = 2
 class Preparer:
     """Populates blocks in a thread of its own, until it is stopped, done, or has taken half of what was free.
 
-    Contents are not touched, so the blocks may be filled meanwhile.
+    Contents are not touched, so the blocks may be filled meanwhile. Where the host does not let it, it does nothing:
+    what is not ready is made ready as it arrives.
     """
 
     def __init__(self, blocks: Sequence[RAMBlock]) -> None:
@@ -30,7 +32,7 @@ class Preparer:
         self._thread = threading.Thread(target=self._run, name="prepare", daemon=True)
 
     def start(self) -> None:
-        """Begin."""
+        """Begin; once."""
         self._thread.start()
 
     def stop(self) -> None:
@@ -43,15 +45,16 @@ class Preparer:
             self._thread.join()
 
     def _run(self) -> None:
-        budget = available_memory() // _SHARE
+        with contextlib.suppress(HostError, KernelError):  # no memory, no such call, or nobody tells what is free
+            left = available_memory() // _SHARE
+            for block, start, size in self._pieces():
+                left -= size
+                if left < 0 or self._stopped.is_set():
+                    return
+                if not block.mapping.make_huge(start):
+                    block.mapping.populate(start, size)
+
+    def _pieces(self) -> Iterator[tuple[RAMBlock, int, int]]:
         for block in self._blocks:
             for start in range(0, block.size, HUGE_PAGE_SIZE):
-                size = min(HUGE_PAGE_SIZE, block.size - start)
-                budget -= size
-                if budget < 0 or self._stopped.is_set():
-                    return
-                try:
-                    if not block.mapping.make_huge(start):
-                        block.mapping.populate(start, size)
-                except KernelError:  # no memory, or no such call: what is not ready is made ready as it arrives
-                    return
+                yield block, start, min(HUGE_PAGE_SIZE, block.size - start)

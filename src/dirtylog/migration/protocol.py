@@ -7,11 +7,6 @@ sender of half of the messages. A message that the table does not allow is an er
 
     OPENING      Hello      → OFFERED        source says what is coming
     OFFERED      Welcome    → STREAMING      destination agrees
-    OPENING      Join       → JOINING        one more channel, for memory only
-    JOINING      Joined     → SIDE
-    SIDE         Pages, EncodedPages, ZeroPages
-    SIDE         PassEnd    → SIDE_ENDED
-    SIDE_ENDED   PassDone   → SIDE
     STREAMING    Pages, EncodedPages, ZeroPages  memory
     STREAMING    PassEnd    → PASS_ENDED     ... of one pass
     PASS_ENDED   PassDone   → STREAMING      destination has it all
@@ -21,7 +16,12 @@ sender of half of the messages. A message that the table does not allow is an er
     STATE_SENT   Ready      → READY          destination could run it
     READY        Handover   → HANDED_OVER    source let go
     HANDED_OVER  Taken      → TAKEN          destination runs it
-    any before   Failed     → FAILED         nobody goes on
+    OPENING      Join       → JOINING        one more channel, for memory only
+    JOINING      Joined     → SIDE
+    SIDE         Pages, EncodedPages, ZeroPages
+    SIDE         PassEnd    → SIDE_ENDED
+    SIDE_ENDED   PassDone   → SIDE
+    any of them  Failed     → FAILED         nobody goes on
 """
 
 from enum import Enum, auto
@@ -67,9 +67,6 @@ class Stage(Enum):
 
     OPENING = auto()
     OFFERED = auto()
-    JOINING = auto()
-    SIDE = auto()
-    SIDE_ENDED = auto()
     STREAMING = auto()
     PASS_ENDED = auto()
     DIGESTED = auto()
@@ -77,17 +74,18 @@ class Stage(Enum):
     READY = auto()
     HANDED_OVER = auto()
     TAKEN = auto()
+    JOINING = auto()
+    SIDE = auto()
+    SIDE_ENDED = auto()
     FAILED = auto()
 
+
+_MEMORY: Final = (Pages, EncodedPages, ZeroPages)
 
 TRANSITIONS: Final[dict[tuple[Stage, type[Message]], Stage]] = {
     (Stage.OPENING, Hello): Stage.OFFERED,
     (Stage.OFFERED, Welcome): Stage.STREAMING,
-    (Stage.OPENING, Join): Stage.JOINING,
-    (Stage.JOINING, Joined): Stage.SIDE,
-    (Stage.SIDE, PassEnd): Stage.SIDE_ENDED,
-    (Stage.SIDE_ENDED, PassDone): Stage.SIDE,
-    **{(stage, kind): stage for stage in (Stage.STREAMING, Stage.SIDE) for kind in (Pages, EncodedPages, ZeroPages)},
+    **{(Stage.STREAMING, kind): Stage.STREAMING for kind in _MEMORY},
     (Stage.STREAMING, PassEnd): Stage.PASS_ENDED,
     (Stage.PASS_ENDED, PassDone): Stage.STREAMING,
     (Stage.STREAMING, Digests): Stage.DIGESTED,
@@ -96,15 +94,17 @@ TRANSITIONS: Final[dict[tuple[Stage, type[Message]], Stage]] = {
     (Stage.STATE_SENT, Ready): Stage.READY,
     (Stage.READY, Handover): Stage.HANDED_OVER,
     (Stage.HANDED_OVER, Taken): Stage.TAKEN,
+    (Stage.OPENING, Join): Stage.JOINING,
+    (Stage.JOINING, Joined): Stage.SIDE,
+    **{(Stage.SIDE, kind): Stage.SIDE for kind in _MEMORY},
+    (Stage.SIDE, PassEnd): Stage.SIDE_ENDED,
+    (Stage.SIDE_ENDED, PassDone): Stage.SIDE,
     **{(stage, Failed): Stage.FAILED for stage in Stage if stage not in (Stage.TAKEN, Stage.FAILED)},
 }
 
 SENDERS: Final[dict[type[Message], frozenset[Role]]] = {
-    **dict.fromkeys(
-        (Hello, Join, Pages, EncodedPages, ZeroPages, PassEnd, Digests, State, Handover),
-        frozenset({Role.SOURCE}),
-    ),
-    **dict.fromkeys((Welcome, Joined, PassDone, Ready, Taken), frozenset({Role.DESTINATION})),
+    **dict.fromkeys((Hello, *_MEMORY, PassEnd, Digests, State, Handover, Join), frozenset({Role.SOURCE})),
+    **dict.fromkeys((Welcome, PassDone, Ready, Taken, Joined), frozenset({Role.DESTINATION})),
     Failed: frozenset(Role),
 }
 

@@ -134,14 +134,6 @@ class IncomingRAM:
         for first, end in zip(firsts // _HUGE_PAGES, -(-ends // _HUGE_PAGES), strict=True):
             touched[first:end] = True
 
-    def check(self, message: RunTable) -> None:
-        """Refuse a message that names memory that is not there, before what follows it is received.
-
-        Raises:
-            ProtocolError: it does.
-        """
-        self._checked(message)
-
     def decode(self, message: EncodedPages, data: bytearray) -> None:
         """Put encoded contents where they belong.
 
@@ -149,16 +141,12 @@ class IncomingRAM:
             ProtocolError: the message names memory that is not there, or the data are not what it says.
         """
         block = self._checked(message)
-        rows = decompress(data, message.pages)
-        self._prepare(block, self._touched[message.block], message.runs)
-        memory, start = block.page_words, 0
-        for first, count in message.runs.tolist():
-            part = rows[start : start + count]
-            if message.difference:
-                memory[first : first + count] ^= part
-            else:
-                memory[first : first + count] = part
-            start += count
+        rows, numbers = decompress(data, message.pages), message.numbers
+        if message.difference:
+            block.page_words[numbers] ^= rows
+        else:
+            self._prepare(block, self._touched[message.block], message.runs)
+            block.page_words[numbers] = rows
 
     def zero(self, message: ZeroPages) -> None:
         """Make pages zero, whatever they held, by making them holes (M4).

@@ -23,6 +23,23 @@ class Status(Enum):
     CANCELLED = "cancelled"
 
 
+@dataclass(frozen=True, slots=True)
+class DowntimeParts:
+    """What the guest stood still for at the switchover, in seconds and in this order.
+
+    Attributes:
+        stop: until its vCPUs stood still.
+        final_pass: finding and sending the pages that were dirty then.
+        state: saving, sending and loading all but memory.
+        handover: until the destination said that it starts the guest.
+    """
+
+    stop: float
+    final_pass: float
+    state: float
+    handover: float
+
+
 MOST_PASSES: Final = 100
 ENDED = frozenset({Status.COMPLETED, Status.FAILED, Status.CANCELLED})
 
@@ -69,6 +86,11 @@ class Statistics:
         setup_seconds: until the destination agreed.
         total_seconds: from start to end; 0 until then.
         downtime: the guest stood still for this long at the switchover; 0 if it never did. Without `verify_seconds`.
+        downtime_parts: what it stood still for; None if it never did.
+        downtime_bytes: sent meanwhile, as far as memory goes.
+        channels: how many were agreed on.
+        missed: pages that were not sent as differences because the destination's copy was not known.
+        overflowed: pages whose differences were no shorter than their contents.
         verify_seconds: computing digests took both sides this long in sequence.
         digests: block name → digest, equal on both sides; empty unless asked for.
     """
@@ -81,6 +103,11 @@ class Statistics:
     setup_seconds: float = 0.0
     total_seconds: float = 0.0
     downtime: float = 0.0
+    downtime_parts: DowntimeParts | None = None
+    downtime_bytes: int = 0
+    channels: int = 1
+    missed: int = 0
+    overflowed: int = 0
     verify_seconds: float = 0.0
     digests: dict[str, bytes] = field(default_factory=dict)
 
