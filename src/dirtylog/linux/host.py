@@ -22,7 +22,7 @@ def available_memory() -> int:
     for line in _MEMINFO.read_text().splitlines():
         name, _, rest = line.partition(":")
         if name == "MemAvailable":
-            return min(int(rest.split()[0]) * KIB, *_left_in_groups())
+            return min((int(rest.split()[0]) * KIB, *_left_in_groups()))
     raise HostError(f"{_MEMINFO} does not tell how much memory is free")
 
 

@@ -176,13 +176,13 @@ class MemfdMapping(_Mapped):
         """
         if not self._has_huge_pages or start + HUGE_PAGE_SIZE > self.size:
             return False
-        self.populate(start, PAGE_SIZE)
-        if _libc.madvise(self.address + start, HUGE_PAGE_SIZE, _MADV_COLLAPSE) == 0:
-            return True
-        # EAGAIN and ENOMEM pass: no huge page is free now. Anything else will not get better: an old kernel, or one
-        # built without huge pages for shared memory.
-        self._has_huge_pages = ctypes.get_errno() in (errno.EAGAIN, errno.ENOMEM)
-        return False
+        for size, advice in ((PAGE_SIZE, _MADV_POPULATE_WRITE), (HUGE_PAGE_SIZE, _MADV_COLLAPSE)):
+            if _libc.madvise(self.address + start, size, advice) == -1:
+                # EAGAIN and ENOMEM pass: no huge page is free now. Anything else will not get better: an old kernel, or
+                # one built without huge pages for shared memory.
+                self._has_huge_pages = ctypes.get_errno() in (errno.EAGAIN, errno.ENOMEM)
+                return False
+        return True
 
     def punch(self, start: int, size: int) -> None:
         """Turn [start, start + size) into a hole: it reads as zeros and takes no memory."""
