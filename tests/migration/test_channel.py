@@ -35,7 +35,7 @@ from dirtylog.migration.messages import (
 from dirtylog.migration.protocol import Protocol, Role, Stage
 from dirtylog.units import PAGE_SIZE
 
-_HELLO = Hello("fake", (), False)
+_HELLO = Hello("fake", (), False, 1, bytes(16))
 _WELCOME = Welcome("boot", 1, 1)
 
 
@@ -222,7 +222,7 @@ def test_peer_that_said_something_else_has_no_last_words(channels: tuple[Channel
     source, destination = channels
     source.send(PassEnd(1))
     destination.receive()
-    destination.send(PassDone(1, 0))
+    destination.send(PassDone(1, 0, 0, 0))
     destination.close()
     assert source.last_words() is None
     assert source.last_words() is None

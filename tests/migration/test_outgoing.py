@@ -91,6 +91,10 @@ def test_first_pass_counts_every_page(guest: FakeMachine, recording: Recording, 
     assert statistics.remaining_pages == 0
     assert statistics.bytes > statistics.pages * 4096
     assert 0 < statistics.downtime < outgoing.elapsed == statistics.total_seconds
+    parts = statistics.downtime_parts
+    assert parts is not None
+    assert statistics.downtime == pytest.approx(parts.stop + parts.final_pass + parts.state + parts.handover)
+    assert statistics.downtime_bytes == statistics.passes[-1].bytes
     assert statistics.digests.keys() == {"ram", "rom"}
 
 
@@ -136,7 +140,7 @@ _REFUSED: dict[str, tuple[Callable[[tuple[Piece, ...]], tuple[Piece, ...]], type
     "another version": (
         _instead("preamble", Piece("preamble", b"DIRTYLOG\x09\0\0\0")),
         ProtocolError,
-        "the destination speaks version 9 of the migration protocol, this side 1",
+        "the destination speaks version 9 of the migration protocol, this side 2",
     ),
     "not invited": (_instead("Welcome"), ProtocolError, "the destination sent PassDone when OFFERED"),
     "invited twice": (
@@ -150,7 +154,7 @@ _REFUSED: dict[str, tuple[Callable[[tuple[Piece, ...]], tuple[Piece, ...]], type
         "not a Welcome message",
     ),
     "pass that was not sent": (
-        _instead("PassDone", piece(PassDone(7, 0))),
+        _instead("PassDone", piece(PassDone(7, 0, 0, 0))),
         ProtocolError,
         "the destination has pass 7 when pass 1 was sent",
     ),

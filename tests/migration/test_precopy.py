@@ -8,8 +8,10 @@ from support.streams import fake_machine
 
 from dirtylog.errors import CancelledError, ProtocolError
 from dirtylog.memory import TrackingReason
+from dirtylog.migration import lanes as lanes_module
 from dirtylog.migration import precopy as precopy_module
 from dirtylog.migration.channel import Channel
+from dirtylog.migration.lanes import Lanes, senders
 from dirtylog.migration.messages import Message, Pages, PassDone, PassEnd, ZeroPages, encode
 from dirtylog.migration.parameters import Parameters
 from dirtylog.migration.precopy import Precopy
@@ -32,7 +34,7 @@ class _Destination(Channel):
     def receive(self) -> Message:
         last = self.heard[-1]
         assert isinstance(last, PassEnd), "asked for an answer before the pass was over"
-        return PassDone(last.number if self.number is None else self.number, self.starved_ns)
+        return PassDone(last.number if self.number is None else self.number, self.starved_ns, 0, 0)
 
 
 @dataclass
@@ -46,9 +48,9 @@ class _Sending:
     cancelled: threading.Event = field(default_factory=threading.Event)
 
     def __post_init__(self) -> None:
-        self.precopy = Precopy(
-            self.machine.memory, self.destination, self.statistics, lambda: self.parameters, self.cancelled
-        )
+        blocks = tuple(self.machine.memory.blocks.values())
+        lanes = Lanes(senders([self.destination], blocks, self.parameters))
+        self.precopy = Precopy(self.machine.memory, lanes, self.statistics, lambda: self.parameters, self.cancelled)
 
 
 class _Clock:
@@ -158,7 +160,7 @@ def test_only_an_unlimited_link_is_credited_with_time_without_cpu(
 ) -> None:
     """Who keeps to a limit would have waited anyway."""
     monkeypatch.setattr(precopy_module, "_TELLING_SIZE", 100)
-    monkeypatch.setattr(precopy_module, "thread_starved_ns", lambda: 0)
+    monkeypatch.setattr(lanes_module, "thread_starved_ns", lambda: 0)
     monkeypatch.setattr(precopy_module, "time", _Clock())
     sending.parameters = Parameters(max_bandwidth=max_bandwidth)
     sending.precopy.start()
@@ -169,7 +171,7 @@ def test_only_an_unlimited_link_is_credited_with_time_without_cpu(
     sending.precopy.send_pass(paced=True)
     one = sending.statistics.passes[1]
     assert (one.pages, one.seconds, one.starved) == (10, 2.0, 1.0)
-    assert one.bandwidth == share * one.bytes / one.seconds
+    assert one.bandwidth == share * one.pages * PAGE_SIZE / one.seconds
 
 
 def test_estimate_grows_with_what_is_left(sending: _Sending) -> None:

@@ -12,7 +12,7 @@ from dirtylog.linux.socketfile import SocketFile
 from dirtylog.linux.sockets import keep_alive, set_buffers, set_timeouts
 from dirtylog.linux.wakeup import Waiter, Wakeup
 from dirtylog.migration.address import Address, TCPAddress, UnixAddress
-from dirtylog.migration.messages import Failed, Message
+from dirtylog.migration.messages import MAX_CHANNELS, Failed, Message
 from dirtylog.migration.protocol import Protocol, Role
 from dirtylog.units import MIB
 
@@ -118,6 +118,20 @@ class Channel:
         try:
             self._socket.shutdown(socket.SHUT_RDWR)
         except OSError:  # the peer was quicker; or closed here already, which is as good
+            return
+
+    def stop_receiving(self) -> None:
+        """Make every `receive` fail, in whichever thread it waits. Something can still be sent."""
+        try:
+            self._socket.shutdown(socket.SHUT_RD)
+        except OSError:  # the peer was quicker
+            return
+
+    def stop_sending(self) -> None:
+        """Make every `send` fail, in whichever thread it waits. What the peer said before can still be received."""
+        try:
+            self._socket.shutdown(socket.SHUT_WR)
+        except OSError:  # the peer was quicker
             return
 
     def last_words(self) -> RefusedError | None:
@@ -236,15 +250,19 @@ class Listener:
             raise
         self._aborted = False
 
-    def accept(self) -> Channel:
-        """Wait for a source.
+    def accept(self, timeout: float | None = None) -> Channel:
+        """Wait for a source, for some seconds or for ever.
 
         Raises:
             CancelledError: `abort` was called.
+            DisconnectedError: none came in time.
         """
         waiter = Waiter(self._socket.fileno(), self._wakeup)
+        deadline = None if timeout is None else time.monotonic() + timeout
         while not self._aborted:
-            waiter.wait(read=True)
+            left = None if deadline is None else deadline - time.monotonic()
+            if not waiter.wait(read=True, timeout=left):
+                raise DisconnectedError(f"nobody connected within {timeout:.0f} s")
             try:
                 sock, _ = self._socket.accept()
             except (BlockingIOError, ConnectionAbortedError):
@@ -274,7 +292,7 @@ def _listen_tcp(address: TCPAddress) -> socket.socket:
         family, _, _, _, where = socket.getaddrinfo(
             address.host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
-        sock = socket.create_server(where[:2], family=family, backlog=1)
+        sock = socket.create_server(where[:2], family=family, backlog=MAX_CHANNELS)
     except OSError as error:
         raise HostError(
             f"cannot listen at {address}: {error.strerror or error}",
