@@ -74,6 +74,7 @@ class FakeMachine(Machine):
         self._thread: threading.Thread | None = None
         self._position = FIRST
         self._rounds = 0
+        self._pause = _PAUSE_SECONDS
         self._trackers: dict[str, _SharedTracker] = {}
         root = self.memory.container("system")
         root.add(self.memory.ram("ram", ram_pages * PAGE_SIZE), 0)
@@ -102,13 +103,16 @@ class FakeMachine(Machine):
         self._thread = threading.Thread(target=self._main, name="fake-guest", daemon=True)
         self._thread.start()
 
+    def _throttle(self, share: float) -> None:
+        self._pause = _PAUSE_SECONDS / (1 - share)
+
     def _stop(self) -> None:
         self._halt.set()
         if self._thread is not None:
             self._thread.join()
 
     def _main(self) -> None:
-        while not self._halt.wait(_PAUSE_SECONDS):
+        while not self._halt.wait(self._pause):
             if self._writes:
                 with self._lock:
                     for _ in range(_BURST):

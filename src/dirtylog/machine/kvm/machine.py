@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack
+from typing import Final
 
 from dirtylog.errors import ClosedError, DirtylogError, GuestError, HostError, UsageError
 from dirtylog.linux.kvm import KVM, KVM_DEVICE, VCPU
@@ -10,9 +11,9 @@ from dirtylog.machine.entry import BootMode
 from dirtylog.machine.kvm.exits import ExitHandler
 from dirtylog.machine.kvm.gate import RunGate
 from dirtylog.machine.kvm.io import IOListener
-from dirtylog.machine.kvm.reaper import Reaper
 from dirtylog.machine.kvm.registers import start_at
 from dirtylog.machine.kvm.slots import MemorySlots
+from dirtylog.machine.kvm.ticker import Ticker
 from dirtylog.machine.kvm.vcpu import VCPUThread, failure_from
 from dirtylog.machine.machine import MachineState, RunState
 from dirtylog.machine.pc import PCMachine
@@ -20,6 +21,9 @@ from dirtylog.memory import MemoryListener
 from dirtylog.trackers import DirtyRings, KVMLogMode
 from dirtylog.trackers.kvm_log import choose_mode
 from dirtylog.trackers.kvm_ring import DEFAULT_RING_ENTRIES
+
+REAP_PERIOD: Final = 0.05
+"""Seconds. Where KVM emulates a guest and notes each of its stores, a ring of the largest size is full after 0.1 s."""
 
 
 class KVMMachine(PCMachine):
@@ -56,7 +60,8 @@ class KVMMachine(PCMachine):
         if ring_size is not None and log_mode is not KVMLogMode.RING:
             raise UsageError(f"a ring size without dirty rings: {ring_size}", remedy="choose the dirty log 'ring'")
         self._rings: DirtyRings | None = None
-        self._reaper: Reaper | None = None
+        self._reaper: Ticker | None = None
+        self._ticker: Ticker | None = None
         self._cpus: list[VCPUThread] = []
         self._listeners: tuple[MemoryListener, ...] = ()
         with ExitStack() as undo:
@@ -71,7 +76,7 @@ class KVMMachine(PCMachine):
             if self.log_mode is KVMLogMode.RING:
                 entries = DEFAULT_RING_ENTRIES if ring_size is None else ring_size
                 self._rings = DirtyRings(self._vm, self._vcpus_held, entries)
-                self._reaper = Reaper(self._rings.reap, self._guest_ended)
+                self._reaper = Ticker("reaper", self._reap, self._guest_ended)
             self._follow()
             self._msr_indices = self._kvm.msr_indices()
             self._create_cpus(cpus)
@@ -144,6 +149,23 @@ class KVMMachine(PCMachine):
         self._check_still()
         start_at(self.boot_cpu, entry, mode)
 
+    def _reap(self) -> float:
+        if self._rings is not None:
+            self._rings.reap()
+        return REAP_PERIOD
+
+    def _throttle(self, share: float) -> None:
+        for cpu in self._cpus:
+            cpu.throttle.set(share)
+        if share and self._ticker is None:
+            self._ticker = Ticker("throttle", self._end_slices, self._guest_ended)
+        elif not share and self._ticker is not None:
+            self._ticker.close()
+            self._ticker = None
+
+    def _end_slices(self) -> float:
+        return min(cpu.end_slice() for cpu in self._cpus)
+
     def _run(self) -> None:
         for cpu in self._cpus:
             cpu.run()
@@ -203,6 +225,7 @@ class KVMMachine(PCMachine):
         """End the vCPUs, give KVM and the memory up."""
         self._closed = True
         self.memory.flush = None
+        self.throttle(0)
         if self._reaper is not None:
             self._reaper.close()
         for cpu in self._cpus:

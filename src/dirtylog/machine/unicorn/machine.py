@@ -102,6 +102,9 @@ class UnicornMachine(PCMachine):
             self._check_still()
             self._prepare().write_registers(at_entry(entry, mode))
 
+    def _throttle(self, share: float) -> None:
+        self._cpu.throttle.set(share)
+
     def _run(self) -> None:
         self._cpu.run()
 
