@@ -6,7 +6,7 @@ from dirtylog.migration.statistics import (
     Statistics,
     Status,
     Ways,
-    add_ways,
+    sum_ways,
 )
 
 
@@ -48,9 +48,8 @@ def test_old_passes_are_summed_up_so_that_a_long_migration_stays_small() -> None
     assert statistics.ways == {Way.PLAIN: (3 * odd, (4100 + 8200) * odd), Way.DELTA: (odd, 100 * odd)}
 
 
-def test_ways_are_added_to_a_sum_and_stay_as_they_are() -> None:
-    total: Ways = {}
+def test_ways_are_summed_up_and_stay_as_they_are() -> None:
     one: Ways = {Way.FAST: (1, 100)}
-    for _ in range(3):
-        add_ways(total, one)
-    assert (total, one) == ({Way.FAST: (3, 300)}, {Way.FAST: (1, 100)})
+    assert sum_ways(one, {Way.PLAIN: (5, 6)}, one) == {Way.FAST: (2, 200), Way.PLAIN: (5, 6)}
+    assert one == {Way.FAST: (1, 100)}
+    assert sum_ways() == {}
