@@ -215,6 +215,13 @@ def test_limit_counts_as_a_slow_link_before_anything_was_measured() -> None:
     assert economy.choose() is Way.PLAIN
 
 
+def test_link_under_a_limit_is_not_measured_before_that_costs_little() -> None:
+    economy = _knowing((Way.FAST,), 0.0, limit=64 * MIB)
+    for _ in range(60):
+        assert economy.choose() is Way.FAST
+        economy.sent_encoded(Way.FAST, _BATCH, _BATCH // 10, 1e-9 * _BATCH, 0.001)
+
+
 def test_nothing_is_tried_before_the_link_is_known() -> None:
     economy = Economy(_ALL)
     assert (economy.choose(known=True), economy.to_sample(known=True)) == (Way.PLAIN, None)

@@ -98,6 +98,13 @@ def test_first_pass_counts_every_page(guest: FakeMachine, recording: Recording, 
     assert statistics.digests.keys() == {"ram", "rom"}
 
 
+def test_each_pass_is_told_of_when_it_begins(guest: FakeMachine, recording: Recording, tmp_path: Path) -> None:
+    told: list[int | Status] = []
+    with playing_destination(tmp_path, stream(recording.destination)) as uri:
+        OutgoingMigration(guest, parse_address(uri), _VERIFY, observe=told.append, observe_pass=told.append).run()
+    assert told == [Status.SETUP, Status.ACTIVE, 1, Status.DEVICE, 2, Status.COMPLETED]
+
+
 _PIECES = ["preamble", "Welcome", "PassDone", "Ready"]
 
 

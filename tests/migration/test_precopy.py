@@ -49,8 +49,11 @@ class _Sending:
 
     def __post_init__(self) -> None:
         blocks = tuple(self.machine.memory.blocks.values())
-        lanes = Lanes(senders([self.destination], blocks, self.parameters))
-        self.precopy = Precopy(self.machine.memory, lanes, self.statistics, lambda: self.parameters, self.cancelled)
+        (sender,) = senders([self.destination], blocks, self.parameters)
+        self.economy = sender.economy
+        self.precopy = Precopy(
+            self.machine.memory, Lanes([sender]), self.statistics, lambda: self.parameters, self.cancelled
+        )
 
 
 class _Clock:
@@ -185,6 +188,29 @@ def test_estimate_grows_with_what_is_left(sending: _Sending) -> None:
     last = sending.statistics.passes[-1]
     assert last.expected_downtime == estimate.downtime
     assert sending.statistics.dirty_rate == last.dirtied / last.seconds
+
+
+def test_estimate_goes_by_the_bandwidth_that_the_switchover_will_have(sending: _Sending) -> None:
+    sending.precopy.start()
+    sending.precopy.send_pass(paced=True)
+    _write(sending, 40)
+    sending.parameters = Parameters(switchover_bandwidth=40 * PAGE_SIZE)
+    assert sending.precopy.estimate().downtime == pytest.approx(0.01 + 1.0)
+    sending.parameters = Parameters()
+    assert sending.precopy.estimate().downtime < 1.0
+
+
+def test_limit_reaches_the_choice_of_ways_while_a_pass_lasts(sending: _Sending) -> None:
+    economy = sending.economy
+    sending.parameters = Parameters(max_bandwidth=1 << 40)
+    sending.precopy.start()
+    sending.precopy.send_pass(paced=True)
+    assert economy.limit == 1 << 40
+    sending.precopy.send_pass(paced=False)
+    assert economy.limit == 1 << 40  # nothing is known of the link but that it carries so much
+    economy.link = 1e-9
+    sending.precopy.send_pass(paced=False)
+    assert economy.limit == 0
 
 
 def test_pass_of_a_mebibyte_is_telling() -> None:

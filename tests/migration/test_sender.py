@@ -109,7 +109,7 @@ def test_pages_with_a_copy_are_sent_as_differences_and_the_others_not(line: _Lin
     sent = line.send(*range(5, 15))
     assert line.destination.ways() == [("EncodedPages", 10), ("DELTA", 5), ("EncodedPages", 5)]
     assert {way: pages for way, (pages, _) in sent.ways.items()} == {Way.DELTA: 5, Way.FAST: 5}
-    assert sent.missed == 5
+    assert (sent.found, sent.missed) == (5, 5)
     assert np.array_equal(line.block.array[: 15 * PAGE_SIZE], line.destination.block.array[: 15 * PAGE_SIZE])
 
 

@@ -1,10 +1,10 @@
 """The sockets of a migration: the only module that does its I/O."""
 
+import contextlib
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Final, Self, TypeVar
 
 from dirtylog.errors import CancelledError, DirtylogError, DisconnectedError, HostError, ProtocolError, RefusedError
@@ -94,9 +94,24 @@ class Channel:
         message = self.receive()
         if isinstance(message, kind):
             return message
+        raise self._unexpected(message, f"instead of {kind.__name__}")
+
+    def check_quiet(self) -> None:
+        """Find out, without waiting, whether the peer still waits for us.
+
+        Raises:
+            DisconnectedError: it is gone.
+            RefusedError: it gives up, and says why.
+            ProtocolError: it says something else.
+        """
+        with contextlib.suppress(BlockingIOError):
+            self._socket.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+            raise self._unexpected(self.receive(), "before its time")
+
+    def _unexpected(self, message: Message, when: str) -> RefusedError | ProtocolError:
         if isinstance(message, Failed):
-            raise RefusedError(f"the {self.peer} gave up: {message.reason}")
-        raise ProtocolError(f"the {self.peer} sent {type(message).__name__} instead of {kind.__name__}")
+            return RefusedError(f"the {self.peer} gave up: {message.reason}")
+        return ProtocolError(f"the {self.peer} sent {type(message).__name__} {when}")
 
     def receive_into(self, buffers: list[memoryview]) -> None:
         """Fill buffers, straight from the socket."""
@@ -145,6 +160,10 @@ class Channel:
             return None
         return RefusedError(f"the {self.peer} gave up: {message.reason}") if isinstance(message, Failed) else None
 
+    def fileno(self) -> int:
+        """The socket's descriptor."""
+        return self._socket.fileno()
+
     def finish(self) -> None:
         """Say no more, and let the peer read what was said: bytes that arrive meanwhile are thrown away.
 
@@ -163,7 +182,7 @@ class Channel:
         """Close the socket; idempotent."""
         self._socket.close()
 
-    @contextmanager
+    @contextlib.contextmanager
     def _io(self) -> Iterator[None]:
         try:
             yield
@@ -250,14 +269,18 @@ class Listener:
             raise
         self._aborted = False
 
-    def accept(self, timeout: float | None = None) -> Channel:
+    def accept(self, timeout: float | None = None, *, unless: Channel | None = None) -> Channel:
         """Wait for a source, for some seconds or for ever.
+
+        Args:
+            timeout: seconds.
+            unless: a channel that ends the wait when its peer says something, or is gone.
 
         Raises:
             CancelledError: `abort` was called.
-            DisconnectedError: none came in time.
+            DisconnectedError: none came before that.
         """
-        waiter = Waiter(self._socket.fileno(), self._wakeup)
+        waiter = Waiter(self._socket.fileno(), self._wakeup, *(() if unless is None else (unless.fileno(),)))
         deadline = None if timeout is None else time.monotonic() + timeout
         while not self._aborted:
             left = None if deadline is None else deadline - time.monotonic()
@@ -266,6 +289,8 @@ class Listener:
             try:
                 sock, _ = self._socket.accept()
             except (BlockingIOError, ConnectionAbortedError):
+                if unless is not None and not self._aborted:
+                    raise DisconnectedError("nobody connected") from None
                 continue
             sock.setblocking(True)
             return Channel(sock, Role.DESTINATION)

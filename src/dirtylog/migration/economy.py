@@ -99,6 +99,7 @@ class Economy:
     """A clock that runs while something is worked on or sent."""
     _plain: int = 0
     """Batches that were sent plain in a row, in this pass."""
+    _trial_due: float = 0.0
     _trial: int = 0
     """Batches that are still to be sent plain to measure the link."""
     _behind: float = 0.0
@@ -157,8 +158,7 @@ class Economy:
         self._plain += 1
         if self._plain > _BUFFERED:
             self.link += (_WEIGHT if self.link else 1.0) * (seconds / size - self.link)
-            lost = self.wire - min(map(self.cost, self.ways), default=float("inf"))
-            self._accounts[Way.PLAIN].due = self._now + max(0.0, lost) * _TRIAL * size / _SHARE
+            self._schedule_trial(size)
 
     def sent_encoded(self, way: Way, memory: int, wire: int, work: float, sending: float) -> None:
         """Take note of what a way made of a batch, how long that took, and how long sending it took then."""
@@ -167,9 +167,16 @@ class Economy:
         if memory < TELLING:
             return
         self._accounts[way].note(memory, wire, work)
-        if self._now >= self._accounts[Way.PLAIN].due:
+        if not self._trial_due:
+            self._schedule_trial(memory)
+        elif self._now >= self._trial_due:
             self._trial = _TRIAL
         self._compare(memory, work, wire * self.link, work + sending)
+
+    def _schedule_trial(self, size: int) -> None:
+        """Have the link measured when the time that this costs, beside the best way, is a small share only."""
+        lost = self.wire - min(map(self.cost, self.ways), default=float("inf"))
+        self._trial_due = self._now + max(0.0, lost) * _TRIAL * size / _SHARE
 
     def _compare(self, memory: int, work: float, link: float, seconds: float) -> None:
         """Learn from how long an epoch took, beside how long it should have taken."""

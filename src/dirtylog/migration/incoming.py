@@ -110,7 +110,7 @@ class IncomingMigration:
     def _receive(self, channel: Channel) -> None:
         hello = channel.expect(Hello)
         self._welcome(channel, hello)
-        with self._side_channels(hello) as sides:
+        with self._side_channels(channel, hello) as sides:
             channel.set_timeout(0)
             message = self._fill(channel, sides)
         state = self._compare(channel, message) if isinstance(message, Digests) else message
@@ -134,7 +134,7 @@ class IncomingMigration:
         return message
 
     @contextlib.contextmanager
-    def _side_channels(self, hello: Hello) -> Iterator[list[SideFiller]]:
+    def _side_channels(self, main: Channel, hello: Hello) -> Iterator[list[SideFiller]]:
         """The further channels of a source, each with a thread of its own, until memory is complete.
 
         A source that keeps to the protocol has nothing more to say there then. Whatever one says, it does not reach
@@ -143,7 +143,7 @@ class IncomingMigration:
         fillers: list[SideFiller] = []
         try:
             while len(fillers) < hello.channels - 1:
-                fillers.append(SideFiller(self._accept_side(hello.session), self._ram, self._side_failed))
+                fillers.append(SideFiller(self._accept_side(main, hello.session), self._ram, self._side_failed))
             self._listener.close()
             yield fillers
         finally:
@@ -168,15 +168,14 @@ class IncomingMigration:
         name = ProcessName.own()
         channel.send(Welcome(name.boot_id, name.pid, name.start_time))
 
-    def _accept_side(self, session: bytes) -> Channel:
+    def _accept_side(self, main: Channel, session: bytes) -> Channel:
         """The next connection that names the session. Others are turned away, as long as the source can wait."""
         deadline = time.monotonic() + HANDSHAKE_TIMEOUT
         while (left := deadline - time.monotonic()) > 0:
-            with (
-                contextlib.suppress(PeerError),
-                contextlib.ExitStack() as stack,
-            ):  # not the source's, as far as one knows
-                side = stack.enter_context(self._listener.accept(left))
+            main.check_quiet()
+            # Whatever is wrong with a connection, it need not be the source's.
+            with contextlib.suppress(PeerError), contextlib.ExitStack() as stack:
+                side = stack.enter_context(self._listener.accept(left, unless=main))
                 self._adopt(side)
                 side.set_timeout(_JOIN_TIMEOUT)
                 if hmac.compare_digest(side.expect(Join).session, session):

@@ -59,6 +59,15 @@ class Lanes:
         for sender in self._senders:
             sender.economy.limit = share
 
+    def lift_limit(self) -> None:
+        """Send as fast as can be. Where nothing is known of the link yet, the ways stay those that the limit made best.
+
+        What was found out about those is all that the estimate of the downtime could go by.
+        """
+        for sender in self._senders:
+            if sender.economy.link:
+                sender.economy.limit = 0
+
     def begin_pass(self) -> None:
         """What comes next is a new pass."""
         self._starved = self._starved_ns()

@@ -46,6 +46,7 @@ class OutgoingMigration:
 
     Attributes:
         parameters: may be replaced at any time; what is in `Parameters.AGREED` counts as it was at the beginning.
+        agreed: the parameters as they were when it began.
         status: how it stands.
         statistics: what it has done.
         error: why it failed, if it did.
@@ -61,6 +62,7 @@ class OutgoingMigration:
         observe_pass: PassObserver | None = None,
     ) -> None:
         self.parameters = parameters
+        self.agreed = parameters
         self.status = Status.NONE
         self.statistics = Statistics(total_bytes=sum(block.size for block in machine.memory.blocks.values()))
         self.error: DirtylogError | None = None
@@ -72,7 +74,6 @@ class OutgoingMigration:
         self._cancelled = threading.Event()
         self._let_go = False
         self._came_back = False
-        self._agreed = parameters
         self._session = os.urandom(16)
         self._channels: list[Channel] = []
         self._began = time.monotonic()
@@ -157,7 +158,7 @@ class OutgoingMigration:
     def _migrate(self, channel: Channel) -> None:
         try:
             destination = self._agree(channel)
-            channels = [channel, *(self._joined() for _ in range(1, self._agreed.channels))]
+            channels = [channel, *(self._joined() for _ in range(1, self.agreed.channels))]
             for each in channels:
                 each.set_timeout(STALL_TIMEOUT)
             self.statistics.setup_seconds = time.monotonic() - self._began
@@ -176,7 +177,7 @@ class OutgoingMigration:
 
     def _send_all(self, channels: list[Channel], destination: ProcessName) -> None:
         blocks = tuple(self._machine.memory.blocks.values())
-        lanes = Lanes(senders(channels, blocks, self._agreed))
+        lanes = Lanes(senders(channels, blocks, self.agreed))
         precopy = Precopy(self._machine.memory, lanes, self.statistics, lambda: self.parameters, self._cancelled)
         try:
             self._send_while_running(precopy)
@@ -192,14 +193,13 @@ class OutgoingMigration:
 
     def _agree(self, channel: Channel) -> ProcessName:
         blocks = self._machine.memory.blocks.values()
-        self._agreed = self.parameters
-        self.statistics.channels = self._agreed.channels
+        self.agreed = self.parameters
         channel.send(
             Hello(
                 self._machine.kind,
                 tuple(BlockInfo(block.name, block.size, PAGE_SIZE) for block in blocks),
-                self._agreed.verify,
-                self._agreed.channels,
+                self.agreed.verify,
+                self.agreed.channels,
                 self._session,
             )
         )
@@ -231,6 +231,7 @@ class OutgoingMigration:
             self._enter(Status.DEVICE)
             precopy.sync(last_stage=True)
             self._send_pass(precopy, paced=False)
+            self.statistics.downtime_bytes = self.statistics.passes[-1].bytes
             moments.append(time.monotonic())
             self._send_state(channel, running=before is RunState.RUNNING)
             moments.append(time.monotonic() - self.statistics.verify_seconds)
@@ -242,7 +243,6 @@ class OutgoingMigration:
         moments.append(time.monotonic() - self.statistics.verify_seconds)
         self.statistics.downtime = moments[-1] - moments[0]
         self.statistics.downtime_parts = DowntimeParts(*(end - start for start, end in pairwise(moments)))
-        self.statistics.downtime_bytes = self.statistics.passes[-1].bytes
         self._machine.release(RunState.POSTMIGRATE)
 
     def _send_state(self, channel: Channel, *, running: bool) -> None:
@@ -250,7 +250,7 @@ class OutgoingMigration:
         blocks = self._machine.memory.blocks.values()
         digests: tuple[bytes, ...] = ()
         asked = 0.0
-        if self._agreed.verify:
+        if self.agreed.verify:
             began = time.monotonic()
             digests = tuple(block_digest(block) for block in blocks)
             asked = time.monotonic()
@@ -261,7 +261,7 @@ class OutgoingMigration:
         ready = channel.expect(Ready)
         if ready.digests != digests:
             raise RefusedError("the destination's memory differs from the source's at the switchover")
-        if self._agreed.verify:  # the destination cannot have compared for longer than we waited, whatever it says
+        if self.agreed.verify:  # the destination cannot have compared for longer than we waited, whatever it says
             self.statistics.verify_seconds += min(ready.verify_ns / 1e9, time.monotonic() - asked)
         self.statistics.digests = dict(zip((block.name for block in blocks), digests, strict=False))
 

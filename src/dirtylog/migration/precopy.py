@@ -12,7 +12,7 @@ from dirtylog.migration.pacer import Pacer
 from dirtylog.migration.parameters import Parameters
 from dirtylog.migration.ram import Batch, DirtyRAM
 from dirtylog.migration.sender import Sent
-from dirtylog.migration.statistics import PassStatistics, Statistics, add_ways
+from dirtylog.migration.statistics import PassStatistics, Statistics, sum_ways
 from dirtylog.migration.switchover import Estimate, link_bandwidth
 from dirtylog.units import MIB, PAGE_SIZE
 
@@ -85,9 +85,12 @@ class Precopy:
         began = time.monotonic()
         self._paced = paced
         self._lanes.begin_pass()
+        if not paced:
+            self._lanes.lift_limit()
         for block in self._blocks:
             for batch in block.batches():
-                self._lanes.limit(self._limit())
+                if paced:
+                    self._lanes.limit(self._limit())
                 self._count(batch, current)
                 self._pacer.pace(self._note(self._lanes.send(batch), current))
                 current.seconds = time.monotonic() - began
@@ -112,7 +115,8 @@ class Precopy:
 
     def _note(self, sent: Sent, current: PassStatistics) -> int:
         current.bytes += sent.bytes
-        add_ways(current.ways, sent.ways)
+        current.ways = sum_ways(current.ways, sent.ways)
+        self._statistics.found += sent.found
         self._statistics.missed += sent.missed
         self._statistics.overflowed += sent.overflowed
         return sent.bytes

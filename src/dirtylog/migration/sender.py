@@ -18,7 +18,7 @@ from dirtylog.migration.economy import LEVELS, TELLING, Economy, Way
 from dirtylog.migration.encoding import Compressor, Indices, Rows, SentCopies
 from dirtylog.migration.messages import EncodedPages, Pages
 from dirtylog.migration.ram import Batch, runs_of
-from dirtylog.migration.statistics import Ways, add_ways
+from dirtylog.migration.statistics import Ways, sum_ways
 from dirtylog.units import PAGE_SIZE
 
 _WORTH_KEEPING: Final = 16
@@ -33,24 +33,27 @@ class Sent:
     Attributes:
         bytes: on the wire.
         ways: pages with contents, and bytes they took, by the way they were sent.
-        missed: pages that could not be sent as differences, no copy of them having been kept.
+        found: pages of which there was a copy, where copies are kept.
+        missed: pages of which there was none.
         overflowed: pages whose differences were no shorter than their contents.
     """
 
     bytes: int = 0
     ways: Ways = field(default_factory=dict)
+    found: int = 0
     missed: int = 0
     overflowed: int = 0
 
     def add(self, way: Way, pages: int, size: int) -> None:
         """Count a message of pages with contents."""
         self.bytes += size
-        add_ways(self.ways, {way: (pages, size)})
+        self.ways = sum_ways(self.ways, {way: (pages, size)})
 
     def merge(self, other: "Sent") -> None:
         """Count what another has counted."""
         self.bytes += other.bytes
-        add_ways(self.ways, other.ways)
+        self.ways = sum_ways(self.ways, other.ways)
+        self.found += other.found
         self.missed += other.missed
         self.overflowed += other.overflowed
 
@@ -108,7 +111,8 @@ class Sender:
         fresh, again = self.economy.choose(), self.economy.choose(known=True)
         keeps = self._keeps()
         if keeps:
-            sent.missed += int(numbers.size - known.sum())
+            found = int(known.sum())
+            sent.found, sent.missed = sent.found + found, sent.missed + numbers.size - found
         if fresh is Way.PLAIN and not keeps and not (again is Way.DELTA and known.any()):
             self._forget(pages.block, numbers)
             began = time.monotonic()

@@ -7,7 +7,7 @@ from typing import Final
 from dirtylog.migration.economy import Way
 
 Ways = dict[Way, tuple[int, int]]
-"""Pages with contents, and bytes they took on the wire, by the way they were sent."""
+"""Pages with contents, and bytes they took on the wire, by the way they were sent. Never changed, but replaced."""
 
 
 class Status(Enum):
@@ -88,8 +88,8 @@ class Statistics:
         downtime: the guest stood still for this long at the switchover; 0 if it never did. Without `verify_seconds`.
         downtime_parts: what it stood still for; None if it never did.
         downtime_bytes: sent meanwhile, as far as memory goes.
-        channels: how many were agreed on.
-        missed: pages that were not sent as differences because the destination's copy was not known.
+        found: pages of which the destination's copy was known, where copies are kept.
+        missed: pages of which it was not.
         overflowed: pages whose differences were no shorter than their contents.
         verify_seconds: computing digests took both sides this long in sequence.
         digests: block name → digest, equal on both sides; empty unless asked for.
@@ -105,7 +105,7 @@ class Statistics:
     downtime: float = 0.0
     downtime_parts: DowntimeParts | None = None
     downtime_bytes: int = 0
-    channels: int = 1
+    found: int = 0
     missed: int = 0
     overflowed: int = 0
     verify_seconds: float = 0.0
@@ -119,7 +119,7 @@ class Statistics:
             self.forgotten.pages += oldest.pages
             self.forgotten.zero_pages += oldest.zero_pages
             self.forgotten.bytes += oldest.bytes
-            add_ways(self.forgotten.ways, oldest.ways)
+            self.forgotten.ways = sum_ways(self.forgotten.ways, oldest.ways)
         self.passes.append(current)
         return current
 
@@ -146,14 +146,14 @@ class Statistics:
     @property
     def ways(self) -> Ways:
         """Pages with contents, and bytes they took, by the way they were sent."""
-        total: Ways = {}
-        for one in (self.forgotten, *self.passes):
-            add_ways(total, one.ways)
-        return total
+        return sum_ways(*(one.ways for one in (self.forgotten, *self.passes)))
 
 
-def add_ways(total: Ways, more: Ways) -> None:
-    """Add what was sent in each way to a sum."""
-    for way, (pages, size) in more.items():
-        old_pages, old_size = total.get(way, (0, 0))
-        total[way] = old_pages + pages, old_size + size
+def sum_ways(*parts: Ways) -> Ways:
+    """What was sent in each way, in all."""
+    total: Ways = {}
+    for part in parts:
+        for way, (pages, size) in part.items():
+            old_pages, old_size = total.get(way, (0, 0))
+            total[way] = old_pages + pages, old_size + size
+    return total
