@@ -2,7 +2,7 @@
 # DIRTYLOG_REQUIRE=kvm,... in the environment turns tests that would be skipped into failures: see CONTRIBUTING.md.
 BIN := .venv/bin
 
-.PHONY: help setup check test demo bench clean
+.PHONY: help setup check test demo bench soak clean
 .DEFAULT_GOAL := help
 
 help:  ## show this list
@@ -25,6 +25,9 @@ demo: setup  ## migrate a running guest between two processes and show it
 bench: setup  ## compare with QEMU; installs Debian's qemu-system-x86 where there is no QEMU
 	@command -v qemu-system-x86_64 >/dev/null || tools/apt-install qemu-system-x86
 	$(BIN)/python benchmarks/versus_qemu.py
+
+soak: setup  ## test all trackers against writers that never rest, for hours (SOAK='--seconds 10s' or other options)
+	$(BIN)/python tools/soak.py $(SOAK)
 
 clean:  ## remove .venv and all that the tools left
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist

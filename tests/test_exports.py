@@ -7,7 +7,7 @@ import pytest
 
 import dirtylog
 
-PACKAGES = ["memory", "trackers", "machine", "migration", "display", "control.qmp"]
+PACKAGES = ["memory", "trackers", "machine", "migration", "display", "testing", "control.qmp"]
 MODULES = [module.name for module in pkgutil.walk_packages(dirtylog.__path__, "dirtylog.")]
 
 

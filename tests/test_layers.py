@@ -14,8 +14,8 @@ LAYERS = (
     # Highest first. A module imports from its own folder and from any layer below its own.
     {"cli"},
     {"control"},
-    {"migration", "snapshot", "display"},
-    {"machine", "testing"},
+    {"migration", "snapshot", "display", "testing"},
+    {"machine"},
     {"trackers"},
     {"memory"},
     {"linux", "guests"},

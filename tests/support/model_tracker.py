@@ -1,119 +1,35 @@
-"""A model of KVM's dirty log that notices when a write would be lost.
-
-Each page is in one of three states. In the kernel the last two are one, a bit set in the log; they are kept apart here
-because clearing the one is right and clearing the other loses a write.
-"""
+"""The published model of trackers, in a memory whose guest writes it."""
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from enum import Enum
 
+from dirtylog import testing
 from dirtylog.errors import UsageError
 from dirtylog.memory import AddressSpace, Memory, MemoryRegion, MemoryRegionSection, Words
+from dirtylog.testing import ContractError
 from dirtylog.trackers import KVMLogMode, Tracker, TrackerListener, tracker_listener
-from dirtylog.units import PAGE_SIZE, WORD_BITS, word_count
+from dirtylog.units import PAGE_SIZE
+
+__all__ = ["ContractError", "ModelTracker", "ModelWorld"]
 
 
-class ContractError(AssertionError):
-    """A caller did what the contract of trackers forbids."""
-
-
-class PageLog(Enum):
-    """What the log knows of a page."""
-
-    PROTECTED = "not written since the last clear; the next write will be noticed"
-    WRITTEN = "written, and not collected since"
-    COLLECTED = "collected, and not cleared since; further writes are not noticed"
-
-
-class ModelTracker:
-    """A `Tracker` of ``pages`` pages whose writer calls `write`.
-
-    Both sides hold ``bus``: on real hardware, too, a store comes wholly before or wholly after a page is protected.
-    """
+class ModelTracker(testing.ModelTracker):
+    """The model in the likeness of one of KVM's logs, and stricter where nobody has a reason to clear."""
 
     def __init__(self, mode: KVMLogMode, pages: int, bus: AbstractContextManager[object] | None = None) -> None:
+        super().__init__(
+            pages,
+            clears_on_collect=mode.clears_on_collect,
+            starts_all_set=mode is KVMLogMode.INITIALLY_SET,
+            bus=bus,
+        )
         self._mode = mode
-        self._pages = pages
-        self._bus: AbstractContextManager[object] = bus or threading.RLock()
-        self._log: list[PageLog] | None = None
-
-    @property
-    def pages(self) -> int:
-        return self._pages
-
-    @property
-    def armed(self) -> bool:
-        return self._log is not None
-
-    def reports(self, page: int) -> bool:
-        """Whether the next collect will name a page."""
-        return self._log is not None and self._log[page] is not PageLog.PROTECTED
-
-    def write(self, page: int) -> None:
-        """What the hardware does when a page is written."""
-        if self._log is not None and self._log[page] is PageLog.PROTECTED:
-            self._log[page] = PageLog.WRITTEN
-
-    def arm(self) -> None:
-        if self._log is not None:
-            raise ContractError("armed twice")
-        first = PageLog.WRITTEN if self._mode is KVMLogMode.INITIALLY_SET else PageLog.PROTECTED
-        self._log = [first] * self._pages
-
-    def collect(self, words: Words) -> None:
-        with self._bus:
-            self._collect(words)
-
-    def _collect(self, words: Words) -> None:
-        log = self._armed("collect")
-        if words.shape != (word_count(self._pages),):
-            raise ContractError(f"{words.shape} words for {self._pages} pages")
-        words[:] = 0
-        if self._pages % WORD_BITS:
-            words[-1] = (1 << 64) - (1 << self._pages % WORD_BITS)  # any value may stand past the last page
-        for page, state in enumerate(log):
-            if state is not PageLog.PROTECTED:
-                words[page // WORD_BITS] |= 1 << page % WORD_BITS
-                log[page] = PageLog.PROTECTED if self._mode.clears_on_collect else PageLog.COLLECTED
 
     def clear(self, first: int, count: int, words: Words) -> None:
-        log = self._armed("clear")
         if self._mode.clears_on_collect:
             raise ContractError("cleared, though collecting clears")
-        self._check_window(first, count, words)
-        with self._bus:
-            self._clear(log, first, count, words)
-
-    def _clear(self, log: list[PageLog], first: int, count: int, words: Words) -> None:
-        for index, word in enumerate(words.tolist()):
-            for bit in range(WORD_BITS):
-                if word >> bit & 1:
-                    self._protect(log, first + index * WORD_BITS + bit, first + count)
-
-    def disarm(self) -> None:
-        self._armed("disarm")
-        self._log = None
-
-    def _protect(self, log: list[PageLog], page: int, end: int) -> None:
-        if page >= end:
-            raise ContractError(f"a bit for page {page}, past the window's end {end}")
-        if log[page] is not PageLog.COLLECTED:
-            raise ContractError(f"page {page} cleared, which is {log[page].name}: a write may be lost")
-        log[page] = PageLog.PROTECTED
-
-    def _check_window(self, first: int, count: int, words: Words) -> None:
-        end = first + count
-        if first % WORD_BITS or count < 1 or end > self._pages or (count % WORD_BITS and end != self._pages):
-            raise ContractError(f"the kernel does not take a clear of {count} of {self._pages} pages from {first}")
-        if words.shape != (word_count(count),):
-            raise ContractError(f"{words.shape} words for {count} pages")
-
-    def _armed(self, call: str) -> list[PageLog]:
-        if self._log is None:
-            raise ContractError(f"{call} of a tracker that is not armed")
-        return self._log
+        super().clear(first, count, words)
 
 
 class ModelWorld:

@@ -1,35 +1,39 @@
-"""What every tracker must do behind its listener: KVM's three logs, and the model of them."""
+"""What every tracker must do behind its listener; `dirtylog.testing` has what it must do by itself."""
 
 from collections.abc import Callable, Iterator
 
 import pytest
-from support.kvm import KVMWorld
-from support.model_tracker import ModelWorld
 from support.oracles import to_bits
-from support.worlds import World
+from support.worlds import SETTINGS, Setting, World
 
 from dirtylog.memory import ClearChunks, Client, PageBitmap, TrackingReason
-from dirtylog.trackers import KVMLogMode
+from dirtylog.testing import Differences
 from dirtylog.units import MIB, PAGE_SIZE, WORD_BITS
 
-MODES = list(KVMLogMode)
-SPLIT = [mode for mode in MODES if not mode.clears_on_collect]
+SPLIT = [setting for setting in SETTINGS if not setting.differences.clears_on_collect]
 SIZES = [1, 63, 64, 65, 100, 1000]
 
-MakeWorld = Callable[[KVMLogMode, int], World]
+MakeWorld = Callable[[int], World]
 
 
-@pytest.fixture(params=["model", "kvm"])
-def make_world(request: pytest.FixtureRequest) -> Iterator[MakeWorld]:
+@pytest.fixture(params=SETTINGS, ids=lambda setting: setting.name)
+def setting(request: pytest.FixtureRequest) -> Setting:
+    made: Setting = request.param
+    return made
+
+
+@pytest.fixture
+def differences(setting: Setting) -> Differences:
+    return setting.differences
+
+
+@pytest.fixture
+def make_world(setting: Setting) -> Iterator[MakeWorld]:
     """Makes worlds whose RAM is mapped at 1 MiB and logged for migration, and of which nothing is written yet."""
     worlds: list[World] = []
 
-    def make(mode: KVMLogMode, pages: int) -> World:
-        world: World
-        if request.param == "kvm":
-            world = KVMWorld(request.getfixturevalue("kvm"), mode, pages)
-        else:
-            world = ModelWorld(mode, pages)
+    def make(pages: int) -> World:
+        world = setting.make(pages)
         worlds.append(world)
         world.root.add(world.ram, MIB)
         world.memory.start_logging(TrackingReason.MIGRATION)
@@ -58,11 +62,10 @@ def clear(world: World, first: int, count: int) -> None:
     world.ram.clear_dirty_bitmap(first * PAGE_SIZE, count * PAGE_SIZE)
 
 
-@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("pages", SIZES)
-def test_sync_reports_the_written_pages_and_no_others(make_world: MakeWorld, mode: KVMLogMode, pages: int) -> None:
+def test_sync_reports_the_written_pages_and_no_others(make_world: MakeWorld, pages: int) -> None:
     # D1 D9
-    world = make_world(mode, pages)
+    world = make_world(pages)
     assert collect(world) == set()
 
     written = {0, pages // 2, pages - 1}
@@ -71,19 +74,17 @@ def test_sync_reports_the_written_pages_and_no_others(make_world: MakeWorld, mod
     assert collect(world) == written
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_page_is_reported_until_it_is_cleared(make_world: MakeWorld, mode: KVMLogMode) -> None:  # D5
-    world = make_world(mode, 100)
+def test_page_is_reported_until_it_is_cleared(make_world: MakeWorld, differences: Differences) -> None:  # D5
+    world = make_world(100)
     write(world, 7)
     assert collect(world) == {7}
 
-    assert collect(world) == (set() if mode.clears_on_collect else {7})
+    assert collect(world) == (set() if differences.clears_on_collect else {7})
 
 
-@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("pages", SIZES)
-def test_write_after_the_clear_is_reported_anew(make_world: MakeWorld, mode: KVMLogMode, pages: int) -> None:  # D1
-    world = make_world(mode, pages)
+def test_write_after_the_clear_is_reported_anew(make_world: MakeWorld, pages: int) -> None:  # D1
+    world = make_world(pages)
     write(world, pages - 1)
     collect(world)
     clear(world, 0, pages)
@@ -94,9 +95,8 @@ def test_write_after_the_clear_is_reported_anew(make_world: MakeWorld, mode: KVM
     assert collect(world) == {pages - 1}
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_write_that_was_not_collected_survives_a_clear(make_world: MakeWorld, mode: KVMLogMode) -> None:  # D2
-    world = make_world(mode, 100)
+def test_write_that_was_not_collected_survives_a_clear(make_world: MakeWorld) -> None:  # D2
+    world = make_world(100)
     write(world, 5)
     collect(world)
     write(world, 6, 99)
@@ -106,9 +106,8 @@ def test_write_that_was_not_collected_survives_a_clear(make_world: MakeWorld, mo
     assert collect(world) == {6, 99}
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_second_clear_passes_on_nothing(make_world: MakeWorld, mode: KVMLogMode) -> None:  # D2
-    world = make_world(mode, 100)
+def test_second_clear_passes_on_nothing(make_world: MakeWorld) -> None:  # D2
+    world = make_world(100)
     write(world, 5, 70)
     collect(world)
     clear(world, 0, 100)
@@ -120,15 +119,15 @@ def test_second_clear_passes_on_nothing(make_world: MakeWorld, mode: KVMLogMode)
     assert collect(world) == {5, 70}
 
 
-@pytest.mark.parametrize("mode", SPLIT)
+@pytest.mark.parametrize("setting", SPLIT, ids=lambda setting: setting.name)
 @pytest.mark.parametrize(
     ("pages", "first", "count"),
     [(1000, 70, 10), (1000, 960, 40), (1000, 0, 65), (1000, 900, 100), (100, 0, 100), (100, 70, 30), (200, 63, 66)],
 )
 def test_clear_of_a_range_leaves_the_neighbours_in_its_words(
-    make_world: MakeWorld, mode: KVMLogMode, pages: int, first: int, count: int
+    make_world: MakeWorld, pages: int, first: int, count: int
 ) -> None:  # D9 W2
-    world = make_world(mode, pages)
+    world = make_world(pages)
     write(world, *range(pages))
     assert collect(world) == set(range(pages))
 
@@ -137,9 +136,8 @@ def test_clear_of_a_range_leaves_the_neighbours_in_its_words(
     assert collect(world) == set(range(pages)) - set(range(first, first + count))
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_what_was_written_before_an_unmap_is_reported_after_it(make_world: MakeWorld, mode: KVMLogMode) -> None:  # D6
-    world = make_world(mode, 100)
+def test_what_was_written_before_an_unmap_is_reported_after_it(make_world: MakeWorld) -> None:  # D6
+    world = make_world(100)
     write(world, 5, 99)
 
     world.root.remove(world.ram)
@@ -147,10 +145,9 @@ def test_what_was_written_before_an_unmap_is_reported_after_it(make_world: MakeW
     assert collect(world) == {5, 99}
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_what_was_written_before_the_listener_goes_is_in_the_bitmap(make_world: MakeWorld, mode: KVMLogMode) -> None:
+def test_what_was_written_before_the_listener_goes_is_in_the_bitmap(make_world: MakeWorld) -> None:
     # D6
-    world = make_world(mode, 100)
+    world = make_world(100)
     write(world, 5, 99)
 
     world.memory.unregister(world.listener)
@@ -161,9 +158,8 @@ def test_what_was_written_before_the_listener_goes_is_in_the_bitmap(make_world: 
     assert 6 in collect(world)
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_section_mapped_while_logged_is_tracked_at_once(make_world: MakeWorld, mode: KVMLogMode) -> None:  # T4
-    world = make_world(mode, 100)
+def test_section_mapped_while_logged_is_tracked_at_once(make_world: MakeWorld) -> None:  # T4
+    world = make_world(100)
     world.root.remove(world.ram)
     world.root.add(world.ram, MIB)
 
@@ -172,11 +168,10 @@ def test_section_mapped_while_logged_is_tracked_at_once(make_world: MakeWorld, m
     assert 42 in collect(world)
 
 
-@pytest.mark.parametrize("mode", MODES)
 def test_logging_that_stopped_and_started_reports_what_is_written_from_then_on(
-    make_world: MakeWorld, mode: KVMLogMode
+    make_world: MakeWorld, differences: Differences
 ) -> None:  # W3
-    world = make_world(mode, 100)
+    world = make_world(100)
     world.memory.stop_logging(TrackingReason.MIGRATION)
     write(world, 1)
     assert collect(world) == set()
@@ -184,14 +179,13 @@ def test_logging_that_stopped_and_started_reports_what_is_written_from_then_on(
     world.memory.start_logging(TrackingReason.MIGRATION)
     write(world, 2)
 
-    assert collect(world) == (set(range(100)) if mode is KVMLogMode.INITIALLY_SET else {2})
+    assert collect(world) == (set(range(100)) if differences.starts_all_set else {2})
 
 
-@pytest.mark.parametrize("mode", MODES)
 def test_client_that_starts_later_hears_of_pages_collected_for_another_and_not_cleared(
-    make_world: MakeWorld, mode: KVMLogMode
+    make_world: MakeWorld,
 ) -> None:  # D1 D4
-    world = make_world(mode, 100)
+    world = make_world(100)
     assert world.ram.block is not None
     world.ram.block.dirty.fetch_and_clear(0, 100, Client.DISPLAY)
     write(world, 5)
@@ -205,9 +199,8 @@ def test_client_that_starts_later_hears_of_pages_collected_for_another_and_not_c
     assert world.ram.is_dirty(5 * PAGE_SIZE, PAGE_SIZE, Client.DISPLAY)
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_clear_for_one_client_keeps_the_others_pages(make_world: MakeWorld, mode: KVMLogMode) -> None:  # D4
-    world = make_world(mode, 100)
+def test_clear_for_one_client_keeps_the_others_pages(make_world: MakeWorld) -> None:  # D4
+    world = make_world(100)
     world.ram.start_logging_display()
     world.ram.test_and_clear_dirty(0, 100 * PAGE_SIZE, Client.DISPLAY)
     write(world, 5)
@@ -219,11 +212,8 @@ def test_clear_for_one_client_keeps_the_others_pages(make_world: MakeWorld, mode
     assert mine.test(5)
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_write_between_a_harvest_and_its_late_clear_is_in_the_page_as_read(
-    make_world: MakeWorld, mode: KVMLogMode
-) -> None:  # D3
-    world = make_world(mode, 200)
+def test_write_between_a_harvest_and_its_late_clear_is_in_the_page_as_read(make_world: MakeWorld) -> None:  # D3
+    world = make_world(200)
     mine, chunks = PageBitmap(200), ClearChunks(200, WORD_BITS * PAGE_SIZE)
     write(world, 130)
     world.memory.sync_dirty_log()
@@ -241,9 +231,10 @@ def test_write_between_a_harvest_and_its_late_clear_is_in_the_page_as_read(
     assert collect(world) == {130, 131}
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_ram_seen_twice_is_tracked_wherever_it_is_written(make_world: MakeWorld, mode: KVMLogMode) -> None:  # T7
-    world = make_world(mode, 200)
+def test_ram_seen_twice_is_tracked_wherever_it_is_written(
+    make_world: MakeWorld, differences: Differences
+) -> None:  # T7
+    world = make_world(200)
     world.root.add(world.memory.alias("window", world.ram, 70 * PAGE_SIZE, 100 * PAGE_SIZE), 8 * MIB)
     collect(world)
     clear(world, 0, 200)
@@ -254,4 +245,4 @@ def test_ram_seen_twice_is_tracked_wherever_it_is_written(make_world: MakeWorld,
     world.write([MIB + 70 * PAGE_SIZE])
     clear(world, 70, 1)
 
-    assert collect(world) == ({70} if mode.clears_on_collect else {70, 71})
+    assert collect(world) == ({70} if differences.clears_on_collect else {70, 71})

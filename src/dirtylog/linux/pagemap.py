@@ -102,8 +102,7 @@ class Pagemap:
 
     def __init__(self, path: str = PAGEMAP) -> None:
         self._made_by = MadeBy()
-        self._regions = np.empty(_REGIONS_PER_CALL, REGION)
-        self._address = self._regions.ctypes.data
+        self._regions, self._others = (np.empty(_REGIONS_PER_CALL, REGION) for _ in range(2))
         try:
             self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
@@ -137,7 +136,7 @@ class Pagemap:
     ) -> npt.NDArray[np.void]:
         """The ranges in [start, end) whose pages are in every ``wanted`` category, as a sorted array of `REGION`.
 
-        It may be overwritten by the next scan. Not to be called by two threads at once.
+        It may be overwritten by the next scan but one. Not to be called by two threads at once.
 
         Args:
             start: a page's address.
@@ -152,13 +151,14 @@ class Pagemap:
         """
         found: list[npt.NDArray[np.void]] = []
         flags, category = _SCAN_FLAGS[protect, watched], int(wanted)
+        self._regions, self._others = self._others, self._regions
         while start < end:
             argument = ScanArgument(
                 size=ctypes.sizeof(ScanArgument),
                 flags=flags,
                 start=start,
                 end=end,
-                vec=self._address,
+                vec=self._regions.ctypes.data,
                 vec_len=_REGIONS_PER_CALL,
                 category_mask=category,
                 return_mask=category,

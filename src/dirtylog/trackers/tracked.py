@@ -64,6 +64,10 @@ class TrackedRange(Generic[T_co]):
         start, end = max(first, 0), min(first + count, self.pages)
         if not self.armed or start >= end:
             return
+        if end - start == self.pages:
+            wanted, self.collected = self.collected, PageBitmap(self.pages)
+            self.tracker.clear(0, self.pages, wanted.words)
+            return
         window = clear_window(self.pages, start, end - start)
         wanted = PageBitmap(window.length, self.collected.extract(window.first, window.length))
         wanted.clear(0, window.skip)

@@ -6,17 +6,37 @@ collect. The scan tells which they were; they are kept, and reported by the next
 Until it has told, all pages are kept: an interrupted clear, by Ctrl-C or an error, reports too much afterwards.
 """
 
+from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
 
 from dirtylog.errors import UsageError
+from dirtylog.linux.pagemap import REGION
 from dirtylog.linux.userfaultfd import USERFAULTFD_DEVICE
 from dirtylog.linux.write_watch import Regions, WriteWatch
 from dirtylog.memory import PageBitmap, Words
 from dirtylog.units import PAGE_SIZE, WORD_BITS
 
 _PAGE_SHIFT: Final = np.uint64(PAGE_SIZE.bit_length() - 1)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Found:
+    """What a scan found: as regions, and as bits from a word on. A clear that finds the same needs no bits anew."""
+
+    regions: Regions
+    word: int
+    bits: Words
+
+    def is_of(self, regions: Regions) -> bool:
+        return np.array_equal(self.regions.view(np.uint64), regions.view(np.uint64))
+
+    def mark(self, words: Words) -> None:
+        words[self.word : self.word + self.bits.size] |= self.bits
+
+
+_NOTHING: Final = _Found(np.empty(0, REGION), 0, np.empty(0, np.uint64))
 
 
 class WriteWatchTracker:
@@ -39,6 +59,7 @@ class WriteWatchTracker:
         self._device = device
         self._watch: WriteWatch | None = None
         self._kept = PageBitmap(pages)
+        self._last = _NOTHING
 
     @property
     def pages(self) -> int:
@@ -60,6 +81,7 @@ class WriteWatchTracker:
             watch.close()
             raise
         self._watch = watch
+        self._last = _NOTHING
         self._kept = PageBitmap(self._pages)
         if self._initially_set:
             self._kept.set()
@@ -68,7 +90,8 @@ class WriteWatchTracker:
         """One scan of all."""
         watch = self._armed()
         words[:] = self._kept.words
-        self._note(watch.written(0, watch.size), words)
+        self._last = self._found(watch.written(0, watch.size))
+        self._last.mark(words)
 
     def clear(self, first: int, count: int, words: Words) -> None:
         """One scan, which protects what it finds."""
@@ -80,7 +103,9 @@ class WriteWatchTracker:
         high = min(first + (int(named[-1]) + 1) * WORD_BITS, first + count)
         kept = self._kept.copy()
         self._kept.set()
-        self._note(watch.written(low * PAGE_SIZE, (high - low) * PAGE_SIZE, protect=True), kept.words)
+        last, self._last = self._last, _NOTHING  # whose regions the scan after the next overwrites
+        protected = watch.written(low * PAGE_SIZE, (high - low) * PAGE_SIZE, protect=True)
+        (last if last.is_of(protected) else self._found(protected)).mark(kept.words)
         kept.words[first // WORD_BITS :][: words.size] &= ~words
         self._kept = kept
 
@@ -95,13 +120,11 @@ class WriteWatchTracker:
             raise UsageError("the tracker is not armed")
         return self._watch
 
-    def _note(self, regions: Regions, words: Words) -> None:
-        """Set the bits of what was found, in no more words than it touches."""
+    def _found(self, regions: Regions) -> _Found:
         if not regions.size:
-            return
+            return _NOTHING
         word = (int(regions["start"][0]) - self._address) // (PAGE_SIZE * WORD_BITS)
         base = np.uint64(self._address + word * PAGE_SIZE * WORD_BITS)
         runs = (regions.view(np.uint64).reshape(-1, 3)[:, :2] - base) >> _PAGE_SHIFT
         starts, ends = runs.view(np.int64).T
-        bits = PageBitmap.from_runs(int(ends[-1]), starts, ends).words
-        words[word : word + bits.size] |= bits
+        return _Found(regions, word, PageBitmap.from_runs(int(ends[-1]), starts, ends).words)
