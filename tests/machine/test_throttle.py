@@ -146,5 +146,29 @@ def test_slice_is_over_in_the_midst_of_a_rest_only_after_it(stand: Stand) -> Non
 def test_other_time_outside_counts_to_no_slice(stand: Stand) -> None:
     stand.throttle.set(0.5)
     stand.clock.now += SLICE / 2
-    stand.throttle.stand_still(7 * SLICE)
+    stand.throttle.stand_still(lambda: 7 * SLICE)
     assert stand.throttle.left == pytest.approx(SLICE)
+
+
+@pytest.mark.parametrize(("later", "stood"), [(9.0, 4.0), (4.0, 4.0), (2.5, 2.5), (1.0, 1.0), (0.0, 1.0)])
+def test_time_to_stand_still_may_become_shorter_meanwhile_and_not_longer(
+    stand: Stand, later: float, stood: float
+) -> None:
+    seconds = [4.0]
+
+    def change() -> float | None:
+        stand.changed.meanwhile = lambda: None
+        seconds[0] = later
+        stand.throttle.look_again()
+        return 1.0
+
+    stand.changed.meanwhile = change
+    began = stand.clock.now
+    stand.throttle.stand_still(lambda: seconds[0])
+    assert stand.clock.now == pytest.approx(began + stood)
+
+
+def test_vcpu_that_is_to_stop_does_not_stand_still_before(stand: Stand) -> None:
+    stand.wanted = False
+    stand.throttle.stand_still(lambda: 4.0)
+    assert stand.changed.waits == []

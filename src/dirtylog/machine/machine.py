@@ -6,7 +6,7 @@ from collections.abc import Callable
 from enum import Enum
 
 from dirtylog.errors import ClosedError, DirtylogError, UsageError
-from dirtylog.machine.throttle import MOST_THROTTLE
+from dirtylog.machine.throttle import DEFAULT_PERIOD, MOST_THROTTLE, DirtyLimit
 from dirtylog.memory import Memory
 
 MachineState = dict[str, dict[str, bytes]]
@@ -86,6 +86,36 @@ class Machine(ABC):
                 raise ClosedError("the machine was closed")
             self._throttle(share)
             self._throttled = share
+
+    @property
+    def dirty_limits(self) -> tuple[DirtyLimit, ...]:
+        """The vCPUs that may not write as fast as they can, and what that costs them."""
+        return ()
+
+    def check_dirty_limit(self) -> None:
+        """Refuse a limit for who writes.
+
+        Raises:
+            UsageError: those who write cannot be told apart here.
+        """
+        raise UsageError(
+            f"a machine of kind {self.kind!r} does not know which vCPU writes",
+            remedy="run the guest under KVM with the dirty log 'ring'",
+        )
+
+    def limit_dirty_rate(self, quota: int, cpu: int | None = None, *, period: float = DEFAULT_PERIOD) -> None:
+        """Slow those vCPUs down that write more than a quota, and no others, until it is changed.
+
+        Args:
+            quota: MiB a second; 0 for no limit any more.
+            cpu: which vCPU; each one by itself if None.
+            period: seconds between two adjustments of how much they are slowed down.
+
+        Raises:
+            UsageError: see `check_dirty_limit`, or there is no such vCPU.
+        """
+        del quota, cpu, period
+        self.check_dirty_limit()
 
     def resume(self) -> None:
         """Run; nothing to do if it does.

@@ -1,19 +1,41 @@
 """Taking a share of its time from a vCPU.
 
 As in QEMU (cpu-throttle.c) a vCPU runs for a slice of 10 ms, then stands still for as long as makes up the share:
-share / (1 - share) slices. Each vCPU's slices are its own: they begin when it runs again, not at the ticks of a clock
-that goes on while it comes late, so that a starved host does not make the share larger.
+share / (1 - share) slices. Each vCPU's slices are its own: they begin when it goes on, not at the ticks of a clock
+that does not care how late that is.
 """
 
 import math
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Final
 
 SLICE: Final = 0.01
 """Seconds."""
 MOST_THROTTLE: Final = 0.99
+DEFAULT_PERIOD: Final = 1.0
+"""Seconds between two adjustments of what a dirty limit costs."""
+
+
+@dataclass(frozen=True, slots=True)
+class DirtyLimit:
+    """How one vCPU is limited.
+
+    Attributes:
+        cpu: its number.
+        quota: MiB that it may write a second.
+        rate: MiB that it wrote a second in the last period.
+        penalty: seconds that it stands still whenever its ring is full.
+        ring_full: seconds that it takes to fill its ring at the highest rate so far; 0 if none is known.
+    """
+
+    cpu: int
+    quota: int
+    rate: int = 0
+    penalty: float = 0.0
+    ring_full: float = 0.0
 
 
 class Slices:
@@ -79,8 +101,19 @@ class Throttle:
                 self._changed.wait(left)
             self._slices.begin(time.monotonic())
 
-    def stand_still(self, seconds: float) -> None:
-        """Stand still for some time, which counts to no slice. For the vCPU's thread."""
+    def stand_still(self, seconds: Callable[[], float]) -> None:
+        """Stand still for some time, which counts to no slice. For the vCPU's thread.
+
+        Args:
+            seconds: how long; asked anew after `look_again`, and a longer time is not taken then.
+        """
         with self._changed:
-            self._changed.wait_for(lambda: not self._wanted(), seconds)
+            began, planned = time.monotonic(), seconds()
+            while self._wanted() and (left := began + min(planned, seconds()) - time.monotonic()) > 0:
+                self._changed.wait(left)
             self._slices.begin(time.monotonic())
+
+    def look_again(self) -> None:
+        """Have a vCPU that stands still ask again for how long."""
+        with self._changed:
+            self._changed.notify_all()

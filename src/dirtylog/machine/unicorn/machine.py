@@ -146,6 +146,7 @@ class UnicornMachine(PCMachine):
         """End the processor, give the memory up."""
         self._closed = True
         self.memory.code_written = None
+        self.throttle(0)
         self._cpu.close()
         with ExitStack() as last_first:
             last_first.callback(self.memory.close)
