@@ -1,7 +1,9 @@
 import math
+from dataclasses import replace
 
 import pytest
 
+from dirtylog.errors import UsageError
 from dirtylog.migration.convergence import AutoConverge, ThrottleParameters, judge
 from dirtylog.migration.statistics import PassStatistics
 from dirtylog.units import MIB, PAGE_SIZE
@@ -104,3 +106,45 @@ def test_slow_tail_takes_smaller_steps_near_the_end(percent: int, dirtied: int, 
     throttle.observe(dirtied, sent, parameters)
 
     assert throttle.observe(dirtied, sent, parameters) == expected
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"trigger": 0},
+        {"trigger": 101},
+        {"initial": 0},
+        {"initial": 100},
+        {"increment": 0},
+        {"increment": 100},
+        {"maximum": 19},
+        {"maximum": 100},
+        {"initial": 50, "maximum": 49},
+    ],
+)
+def test_throttle_that_qemu_would_not_take_is_refused(values: dict[str, int]) -> None:
+    with pytest.raises(UsageError) as caught:
+        ThrottleParameters(**values)  # type: ignore[arg-type]  # none of them is tailslow
+    assert caught.value.remedy
+
+
+def test_throttle_at_its_bounds_is_accepted() -> None:
+    ThrottleParameters(trigger=1, initial=1, increment=1, maximum=1)
+    ThrottleParameters(trigger=100, initial=99, increment=99, maximum=99)
+
+
+def test_lower_maximum_counts_at_once() -> None:
+    throttle = AutoConverge(80)
+    assert throttle.observe(0, 100, ThrottleParameters(maximum=60)) == 60
+
+
+def test_throttle_that_is_needed_is_of_the_free_guest() -> None:
+    # At 60 % it writes 200 MiB a second, so it would write 500 by itself; 100 are sent.
+    slowed = replace(passes(500, 1000)[-1], throttle=60)
+    assert judge([slowed], limit=0.3, fixed=0.0).needed_throttle == pytest.approx(0.8)
+
+
+def test_bandwidth_of_the_switchover_decides_about_it() -> None:
+    verdict = judge(passes(500, 499), limit=0.3, fixed=0.0, switchover=2000.0 * MIB)
+    assert (verdict.converges, verdict.seconds) == (True, 0.0)
+    assert verdict.downtime == pytest.approx(499 / 2000)

@@ -8,8 +8,8 @@ from dirtylog.migration.address import Address, parse_address
 from dirtylog.migration.channel import Channel, Listener, connect
 from dirtylog.migration.incoming import IncomingMigration
 from dirtylog.migration.outgoing import OutgoingMigration
-from dirtylog.migration.parameters import Compression, Parameters
-from dirtylog.migration.statistics import DowntimeParts, PassStatistics, Statistics, Status
+from dirtylog.migration.parameters import Compression, Parameters, Slowdown
+from dirtylog.migration.statistics import DowntimeParts, PassStatistics, Statistics, Status, Verdict
 
 __all__ = [
     "Address",
@@ -21,8 +21,10 @@ __all__ = [
     "OutgoingMigration",
     "Parameters",
     "PassStatistics",
+    "Slowdown",
     "Statistics",
     "Status",
+    "Verdict",
     "connect",
     "parse_address",
 ]

@@ -19,13 +19,14 @@ from typing import Final
 
 from dirtylog.errors import CancelledError, DirtylogError, DisconnectedError, InDoubtError, ProtocolError, RefusedError
 from dirtylog.linux.process import ProcessName
-from dirtylog.machine import Machine, RunState
+from dirtylog.machine import DirtyLimit, Machine, RunState
 from dirtylog.migration.address import Address
 from dirtylog.migration.channel import STALL_TIMEOUT, Channel, connect
 from dirtylog.migration.digest import block_digest
+from dirtylog.migration.governor import Governor
 from dirtylog.migration.lanes import Lanes, senders
 from dirtylog.migration.messages import BlockInfo, Digests, Handover, Hello, Join, Joined, Ready, State, Taken, Welcome
-from dirtylog.migration.parameters import Parameters
+from dirtylog.migration.parameters import Parameters, Slowdown
 from dirtylog.migration.precopy import Precopy
 from dirtylog.migration.statistics import ENDED, DowntimeParts, Statistics, Status
 from dirtylog.migration.switchover import should_switch_over
@@ -50,6 +51,9 @@ class OutgoingMigration:
         status: how it stands.
         statistics: what it has done.
         error: why it failed, if it did.
+
+    Raises:
+        UsageError: the machine cannot be slowed down as the parameters want.
     """
 
     def __init__(
@@ -74,6 +78,7 @@ class OutgoingMigration:
         self._cancelled = threading.Event()
         self._let_go = False
         self._came_back = False
+        self._governor = Governor(machine, self.statistics, parameters.slowdown)
         self._session = os.urandom(16)
         self._channels: list[Channel] = []
         self._began = time.monotonic()
@@ -87,6 +92,12 @@ class OutgoingMigration:
     def elapsed(self) -> float:
         """Seconds since it began, or that it took."""
         return self.statistics.total_seconds if self.ended else time.monotonic() - self._began
+
+    @property
+    def dirty_limits(self) -> tuple[DirtyLimit, ...]:
+        """How vCPUs are limited for this migration, while it lasts."""
+        mine = self.agreed.slowdown is Slowdown.DIRTY_LIMIT and not self.ended
+        return self._machine.dirty_limits if mine else ()
 
     def cancel(self) -> bool:
         """Ask it to stop, and to leave the guest where it is.
@@ -180,8 +191,9 @@ class OutgoingMigration:
         lanes = Lanes(senders(channels, blocks, self.agreed))
         precopy = Precopy(self._machine.memory, lanes, self.statistics, lambda: self.parameters, self._cancelled)
         try:
-            self._send_while_running(precopy)
-            self._switch_over(channels[0], precopy, destination)
+            with self._governor:
+                self._send_while_running(precopy)
+                self._switch_over(channels[0], precopy, destination)
         except BaseException:
             if len(channels) > 1:  # their threads may wait for the destination, which may have last words
                 for each in channels:
@@ -211,8 +223,11 @@ class OutgoingMigration:
         precopy.start()
         while True:
             self._send_pass(precopy, paced=True)
-            if should_switch_over(precopy.estimate(), self.parameters.downtime_limit):
+            estimate, parameters = precopy.estimate(), self.parameters
+            self._governor.judge(estimate, parameters)
+            if should_switch_over(estimate, parameters.downtime_limit):
                 return
+            self._governor.slow_down(parameters)
 
     def _send_pass(self, precopy: Precopy, *, paced: bool) -> None:
         if self._observe_pass is not None:

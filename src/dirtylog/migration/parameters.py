@@ -1,10 +1,11 @@
 """What a user may set about a migration."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import ClassVar, Final
 
 from dirtylog.errors import UsageError
+from dirtylog.migration.convergence import ThrottleParameters
 from dirtylog.migration.messages import MAX_CHANNELS
 from dirtylog.units import MIB, PAGE_SIZE
 
@@ -17,6 +18,14 @@ class Compression(Enum):
 
     NONE = "none"
     AUTO = "auto"
+
+
+class Slowdown(Enum):
+    """What is done about a guest that dirties memory faster than it is sent."""
+
+    NONE = "none"
+    AUTO_CONVERGE = "auto-converge"
+    DIRTY_LIMIT = "dirty-limit"
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,11 +47,17 @@ class Parameters:
         delta_cache: bytes of copies kept of what was sent, so that what changed a little is sent as a difference, where
             that saves time; 0 for none.
 
+        slowdown: whether all vCPUs are throttled, step by step, or those that write more than ``vcpu_dirty_limit``,
+            once the guest has dirtied too much in two periods of a second.
+        throttle: how much is too much, and how far to go in each step.
+        vcpu_dirty_limit: MiB a second that each vCPU may write then.
+        dirty_limit_period: seconds between two adjustments to that.
+
     Raises:
         UsageError: a value is out of range.
     """
 
-    AGREED: ClassVar = frozenset({"clear_chunk", "verify", "channels", "compression", "delta_cache"})
+    AGREED: ClassVar = frozenset({"clear_chunk", "verify", "channels", "compression", "delta_cache", "slowdown"})
     """What cannot change any more once a migration has begun."""
 
     downtime_limit: float = 0.3
@@ -53,6 +68,10 @@ class Parameters:
     channels: int = 1
     compression: Compression = Compression.NONE
     delta_cache: int = 0
+    slowdown: Slowdown = Slowdown.NONE
+    throttle: ThrottleParameters = field(default_factory=ThrottleParameters)
+    vcpu_dirty_limit: int = 1
+    dirty_limit_period: float = 1.0
 
     def __post_init__(self) -> None:
         if not 0 <= self.downtime_limit <= MAX_DOWNTIME_LIMIT:
@@ -66,3 +85,9 @@ class Parameters:
             raise UsageError(f"{self.channels} channels", remedy=f"1 to {MAX_CHANNELS} can be had")
         if self.delta_cache and not PAGE_SIZE <= self.delta_cache < 1 << 63:
             raise UsageError(f"a cache of {self.delta_cache} bytes", remedy="64M is usual; 0 means none")
+        if not 1 <= self.vcpu_dirty_limit < 1 << 32:
+            raise UsageError(f"a dirty limit of {self.vcpu_dirty_limit} MiB/s", remedy="1 MiB/s is the lowest")
+        if not 0.001 <= self.dirty_limit_period <= 1:
+            raise UsageError(
+                f"a period of {self.dirty_limit_period} s for the dirty limit", remedy="it may be 1 to 1000 ms"
+            )

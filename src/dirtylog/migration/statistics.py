@@ -40,6 +40,28 @@ class DowntimeParts:
     handover: float
 
 
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What is to be expected if everything goes on as it does.
+
+    Attributes:
+        converges: None while it is too early to tell.
+        seconds: until the guest is stopped; infinite if never.
+        downtime: seconds that it will stand still.
+        needed_limit: seconds of downtime that would be enough right now.
+        needed_bandwidth: bytes of memory a second that would be enough for the limit.
+        needed_throttle: the share of its time, 0 to 1, that would have to be taken from the guest so that it writes no
+            faster than can be sent.
+    """
+
+    converges: bool | None
+    seconds: float
+    downtime: float
+    needed_limit: float
+    needed_bandwidth: float
+    needed_throttle: float
+
+
 MOST_PASSES: Final = 100
 ENDED = frozenset({Status.COMPLETED, Status.FAILED, Status.CANCELLED})
 
@@ -59,6 +81,7 @@ class PassStatistics:
         ways: pages with contents, and bytes they took on the wire, by the way they were sent.
         bandwidth: bytes of memory a second that the last pass would get, see `switchover.link_bandwidth`.
         expected_downtime: had the guest been stopped after it.
+        throttle: percent of its time that was taken from the guest.
     """
 
     number: int
@@ -70,6 +93,7 @@ class PassStatistics:
     dirtied: int = 0
     bandwidth: float = 0.0
     expected_downtime: float = 0.0
+    throttle: int = 0
     ways: Ways = field(default_factory=dict)
 
 
@@ -91,6 +115,8 @@ class Statistics:
         found: pages of which the destination's copy was known, where copies are kept.
         missed: pages of which it was not.
         overflowed: pages whose differences were no shorter than their contents.
+        verdict: what is to be expected, after the first pass.
+        throttle: percent of its time that is taken from the guest by auto-converge.
         verify_seconds: computing digests took both sides this long in sequence.
         digests: block name → digest, equal on both sides; empty unless asked for.
     """
@@ -108,12 +134,14 @@ class Statistics:
     found: int = 0
     missed: int = 0
     overflowed: int = 0
+    verdict: Verdict | None = None
+    throttle: int = 0
     verify_seconds: float = 0.0
     digests: dict[str, bytes] = field(default_factory=dict)
 
     def begin_pass(self) -> PassStatistics:
         """A new pass, the last one from now on. A migration that does not converge has many: old ones are summed up."""
-        current = PassStatistics(self.pass_count + 1)
+        current = PassStatistics(self.pass_count + 1, throttle=self.throttle)
         if len(self.passes) >= MOST_PASSES:
             oldest = self.passes.pop(0)
             self.forgotten.pages += oldest.pages
