@@ -28,6 +28,9 @@ class Unplugged(PCMachine):
     def load_state(self, state: MachineState) -> None:
         raise NotImplementedError
 
+    def _throttle(self, share: float) -> None:
+        raise NotImplementedError
+
     def _run(self) -> None:
         raise NotImplementedError
 

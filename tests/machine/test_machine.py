@@ -22,6 +22,9 @@ class Toy(Machine):
     def end(self, state: RunState = RunState.SHUTDOWN) -> None:
         self._end(state, GuestError("the guest gave up"))
 
+    def _throttle(self, share: float) -> None:
+        self.calls.append(f"throttle {share:g}")
+
     def _run(self) -> None:
         self.calls.append("run")
 
@@ -137,3 +140,18 @@ def test_observer_may_remove_itself(toy: Toy) -> None:
     toy.resume()
     toy.pause()
     assert len(toy.changes) == 2
+
+
+def test_throttle_is_told_once_and_ended_once(toy: Toy) -> None:
+    for share in (0.0, 0.5, 0.5, 0.99, 0.0, 0.0):
+        toy.throttle(share)
+        assert toy.throttled == share
+    assert toy.calls == ["throttle 0.5", "throttle 0.99", "throttle 0"]
+
+
+@pytest.mark.parametrize("share", [-0.01, 0.991, 1.0, float("nan"), float("inf")])
+def test_share_that_cannot_be_taken_is_refused(toy: Toy, share: float) -> None:
+    with pytest.raises(UsageError, match="a throttle of") as caught:
+        toy.throttle(share)
+    assert caught.value.remedy is not None
+    assert (toy.calls, toy.throttled) == ([], 0.0)

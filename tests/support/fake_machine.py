@@ -59,6 +59,10 @@ class FakeMachine(Machine):
         ram_pages: pages of its first block.
         mode: how its log behaves.
         writes: whether it writes at all when it runs.
+
+    Attributes:
+        can_limit: whether it takes limits for who writes, which do nothing.
+        limits: those it was given, and their periods.
     """
 
     kind = "fake"
@@ -74,6 +78,9 @@ class FakeMachine(Machine):
         self._thread: threading.Thread | None = None
         self._position = FIRST
         self._rounds = 0
+        self._pause = _PAUSE_SECONDS
+        self.can_limit = False
+        self.limits: list[tuple[int, float]] = []
         self._trackers: dict[str, _SharedTracker] = {}
         root = self.memory.container("system")
         root.add(self.memory.ram("ram", ram_pages * PAGE_SIZE), 0)
@@ -102,13 +109,24 @@ class FakeMachine(Machine):
         self._thread = threading.Thread(target=self._main, name="fake-guest", daemon=True)
         self._thread.start()
 
+    def _throttle(self, share: float) -> None:
+        self._pause = _PAUSE_SECONDS / (1 - share)
+
+    def check_dirty_limit(self) -> None:
+        if not self.can_limit:
+            super().check_dirty_limit()
+
+    def limit_dirty_rate(self, quota: int, cpu: int | None = None, *, period: float = 1.0) -> None:
+        self.check_dirty_limit()
+        self.limits.append((quota, period))
+
     def _stop(self) -> None:
         self._halt.set()
         if self._thread is not None:
             self._thread.join()
 
     def _main(self) -> None:
-        while not self._halt.wait(_PAUSE_SECONDS):
+        while not self._halt.wait(self._pause):
             if self._writes:
                 with self._lock:
                     for _ in range(_BURST):

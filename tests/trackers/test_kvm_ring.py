@@ -403,3 +403,16 @@ def test_rings_wrap_many_times(kvm: KVM) -> None:  # D1
             write(world, written)
             assert harvest(world) == set(written)
         assert world.rings.overflows == 0
+
+
+def test_room_is_made_in_one_ring_alone_and_the_others_pages_are_collected_later() -> None:  # D1
+    bench = Bench(cpus=2)
+    first, second = bench.vm.rings
+    bench.push(3, 5, 6)
+    bench.push(3, 7, cpu=1)
+    bench.rings.make_room(bench.rings._cpus[0].vcpu, alone=True)
+    assert (first.reset, second.reset) == (2, 0)
+    assert bench.rings.written == (2, 1)
+    assert bench.rings.dirty_pages == (2, 0)
+    assert bench.collect() == {5, 6, 7}
+    assert bench.rings.written == bench.rings.dirty_pages == (2, 1)

@@ -98,6 +98,11 @@ class DirtyRing:
         """Whether there is nothing to take; may be asked at any time."""
         return not self.astray and bool(self._flags[self._next] != DirtyGFNFlag.DIRTY)
 
+    @property
+    def pending(self) -> int:
+        """How many entries are dirty; may be asked at any time."""
+        return int(np.count_nonzero(self._flags == DirtyGFNFlag.DIRTY))
+
     def peek(self) -> Entries:
         """A copy of the entries that are dirty, oldest first; of an overflowed ring, all entries."""
         gap, count = self._find()

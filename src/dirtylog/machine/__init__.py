@@ -7,12 +7,14 @@ from dirtylog.machine.entry import BootMode
 from dirtylog.machine.kvm.machine import KVMMachine
 from dirtylog.machine.machine import Machine, MachineState, RunState
 from dirtylog.machine.pc import PCMachine
+from dirtylog.machine.throttle import DirtyLimit
 
 if TYPE_CHECKING:
     from dirtylog.machine.unicorn.machine import UnicornMachine
 
 __all__ = [
     "BootMode",
+    "DirtyLimit",
     "KVMMachine",
     "Machine",
     "MachineState",

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from enum import Enum
 
 from dirtylog.errors import ClosedError, DirtylogError, UsageError
+from dirtylog.machine.throttle import DEFAULT_PERIOD, MOST_THROTTLE, DirtyLimit
 from dirtylog.memory import Memory
 
 MachineState = dict[str, dict[str, bytes]]
@@ -54,12 +55,67 @@ class Machine(ABC):
         self._state = RunState.PRELAUNCH
         memory.set_running(False)
         self._state_lock = threading.RLock()
+        self._throttle_lock = threading.Lock()
+        self._throttled = 0.0
         self._closed = False
 
     @property
     def state(self) -> RunState:
         """What it is doing."""
         return self._state
+
+    @property
+    def throttled(self) -> float:
+        """The share of their time that is taken from those who write."""
+        return self._throttled
+
+    def throttle(self, share: float) -> None:
+        """Have those who write stand still for a share of their time, in turns of milliseconds; 0 to end that.
+
+        It takes effect at once, and lasts until it is changed, whether the machine is paused meanwhile or not.
+
+        Raises:
+            UsageError: not a share from 0 to `MOST_THROTTLE`, or the machine was closed.
+        """
+        if not 0 <= share <= MOST_THROTTLE:
+            raise UsageError(f"a throttle of {share:g}", remedy=f"it may be 0 to {MOST_THROTTLE}")
+        with self._throttle_lock:
+            if share == self._throttled:
+                return
+            if self._closed and share:
+                raise ClosedError("the machine was closed")
+            self._throttle(share)
+            self._throttled = share
+
+    @property
+    def dirty_limits(self) -> tuple[DirtyLimit, ...]:
+        """The vCPUs that may not write as fast as they can, and what that costs them."""
+        return ()
+
+    def check_dirty_limit(self) -> None:
+        """Refuse a limit for who writes.
+
+        Raises:
+            UsageError: those who write cannot be told apart here.
+        """
+        raise UsageError(
+            f"a machine of kind {self.kind!r} does not know which vCPU writes",
+            remedy="run the guest under KVM with the dirty log 'ring'",
+        )
+
+    def limit_dirty_rate(self, quota: int, cpu: int | None = None, *, period: float = DEFAULT_PERIOD) -> None:
+        """Slow those vCPUs down that write more than a quota, and no others, until it is changed.
+
+        Args:
+            quota: MiB a second; 0 for no limit any more.
+            cpu: which vCPU; each one by itself if None.
+            period: seconds between two adjustments of how much they are slowed down.
+
+        Raises:
+            UsageError: see `check_dirty_limit`, or there is no such vCPU.
+        """
+        del quota, cpu, period
+        self.check_dirty_limit()
 
     def resume(self) -> None:
         """Run; nothing to do if it does.
@@ -158,6 +214,10 @@ class Machine(ABC):
     @abstractmethod
     def _stop(self) -> None:
         """Stop the writers; they stand still when this returns."""
+
+    @abstractmethod
+    def _throttle(self, share: float) -> None:
+        """See `throttle`; the share is a new one."""
 
     @abstractmethod
     def save_state(self) -> MachineState:

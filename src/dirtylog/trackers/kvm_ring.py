@@ -117,14 +117,18 @@ class DirtyRings:
         with self._lock:
             self._reap()
 
-    def make_room(self, vcpu: VCPU) -> None:
+    def make_room(self, vcpu: VCPU, *, alone: bool = False) -> None:
         """Serve a vCPU that left the guest because its ring is full.
+
+        Args:
+            vcpu: it.
+            alone: leave the rings of others as they are, so that each is full in its own time.
 
         Raises:
             HostError: KVM does not protect the pages again.
         """
         with self._lock:
-            self._reap()
+            self._reap(vcpu if alone else None)
             for cpu in self._cpus:
                 if cpu.vcpu is vcpu:
                     self._free(cpu)
@@ -149,12 +153,19 @@ class DirtyRings:
         with self._lock:
             return tuple(cpu.taken for cpu in self._cpus)
 
-    def _reap(self) -> None:
+    @property
+    def written(self) -> tuple[int, ...]:
+        """`dirty_pages`, with the entries that still are in the rings. These stay there."""
+        with self._lock:
+            return tuple(cpu.taken + cpu.ring.pending for cpu in self._cpus)
+
+    def _reap(self, only: VCPU | None = None) -> None:
         if all(cpu.ring.is_empty for cpu in self._cpus) and not self._unprotected and not self._lost:
             return
         with self._hold():
             for cpu in self._cpus:
-                self._take(cpu)
+                if only is None or cpu.vcpu is only:
+                    self._take(cpu)
             self._protect()
             if self._lost:
                 self.overflows += 1

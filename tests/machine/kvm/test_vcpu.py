@@ -3,7 +3,7 @@ import threading
 from collections.abc import Iterator
 
 import pytest
-from support.waiting import BOUND, Task
+from support.waiting import BOUND, Task, wait_until
 
 from dirtylog.errors import DirtylogError, GuestError, HostError
 from dirtylog.linux.kvm import KICK_SIGNAL, VCPU
@@ -11,6 +11,7 @@ from dirtylog.linux.kvm_abi import ExitReason
 from dirtylog.machine.kvm import vcpu as vcpu_module
 from dirtylog.machine.kvm.gate import RunGate
 from dirtylog.machine.kvm.vcpu import VCPUThread
+from dirtylog.machine.throttle import SLICE
 
 
 class FakeVCPU(VCPU):
@@ -179,3 +180,28 @@ def test_vcpu_that_does_not_stop_is_reported(bench: Bench, monkeypatch: pytest.M
 
 def test_kick_signal_is_blocked_only_in_vcpu_threads(bench: Bench) -> None:
     assert KICK_SIGNAL not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+
+
+def test_vcpu_is_made_to_leave_when_its_slice_is_over_and_not_before(bench: Bench) -> None:
+    bench.thread.run()
+    assert bench.served.wait(BOUND)
+    assert bench.thread.end_slice() == SLICE  # nobody takes time from it
+    bench.go_on.clear()
+    bench.thread.throttle.set(0.99)
+    kicks = 0
+    while not bench.vcpu.asked.is_set():
+        assert 0 < bench.thread.end_slice() <= SLICE
+        kicks += 1
+    assert kicks > 1
+    bench.go_on.set()
+
+
+def test_vcpu_that_rests_stops_at_once(bench: Bench) -> None:
+    bench.thread.run()
+    bench.thread.throttle.set(0.99)
+    for _ in range(20):
+        wait_until(lambda: bench.thread.end_slice() == SLICE and bench.thread.throttle.left > SLICE, "it rested")
+        bench.thread.request_park()
+        bench.thread.wait_parked()
+        assert bench.thread.end_slice() == SLICE
+        bench.thread.run()

@@ -2,24 +2,30 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack
+from typing import Final
 
 from dirtylog.errors import ClosedError, DirtylogError, GuestError, HostError, UsageError
 from dirtylog.linux.kvm import KVM, KVM_DEVICE, VCPU
 from dirtylog.linux.kvm_abi import Capability, ExitReason
 from dirtylog.machine.entry import BootMode
+from dirtylog.machine.kvm.dirty_limit import DirtyLimiter
 from dirtylog.machine.kvm.exits import ExitHandler
 from dirtylog.machine.kvm.gate import RunGate
 from dirtylog.machine.kvm.io import IOListener
-from dirtylog.machine.kvm.reaper import Reaper
 from dirtylog.machine.kvm.registers import start_at
 from dirtylog.machine.kvm.slots import MemorySlots
+from dirtylog.machine.kvm.ticker import Ticker
 from dirtylog.machine.kvm.vcpu import VCPUThread, failure_from
 from dirtylog.machine.machine import MachineState, RunState
 from dirtylog.machine.pc import PCMachine
+from dirtylog.machine.throttle import DEFAULT_PERIOD, DirtyLimit
 from dirtylog.memory import MemoryListener
 from dirtylog.trackers import DirtyRings, KVMLogMode
 from dirtylog.trackers.kvm_log import choose_mode
 from dirtylog.trackers.kvm_ring import DEFAULT_RING_ENTRIES
+
+REAP_PERIOD: Final = 0.05
+"""Seconds. Where KVM emulates a guest and notes each of its stores, a ring of the largest size is full after 0.1 s."""
 
 
 class KVMMachine(PCMachine):
@@ -56,7 +62,9 @@ class KVMMachine(PCMachine):
         if ring_size is not None and log_mode is not KVMLogMode.RING:
             raise UsageError(f"a ring size without dirty rings: {ring_size}", remedy="choose the dirty log 'ring'")
         self._rings: DirtyRings | None = None
-        self._reaper: Reaper | None = None
+        self._reaper: Ticker | None = None
+        self._ticker: Ticker | None = None
+        self._limiter: DirtyLimiter | None = None
         self._cpus: list[VCPUThread] = []
         self._listeners: tuple[MemoryListener, ...] = ()
         with ExitStack() as undo:
@@ -68,13 +76,15 @@ class KVMMachine(PCMachine):
             self._vm.create_irqchip()
             self._exits = ExitHandler(self.system, self.ports, self._coalesced_writes)
             self._gate = RunGate()
+            entries = DEFAULT_RING_ENTRIES if ring_size is None else ring_size
             if self.log_mode is KVMLogMode.RING:
-                entries = DEFAULT_RING_ENTRIES if ring_size is None else ring_size
                 self._rings = DirtyRings(self._vm, self._vcpus_held, entries)
-                self._reaper = Reaper(self._rings.reap, self._guest_ended)
+                self._reaper = Ticker("reaper", self._reap, self._guest_ended)
             self._follow()
             self._msr_indices = self._kvm.msr_indices()
             self._create_cpus(cpus)
+            if self._rings is not None:
+                self._limiter = DirtyLimiter(self._rings, entries, self.memory, self._guest_ended)
             undo.pop_all()
 
     def _follow(self) -> None:
@@ -132,17 +142,58 @@ class KVMMachine(PCMachine):
         if self._closed:
             raise ClosedError("the machine was closed")
         if self._rings is None:
-            raise UsageError(
-                f"the dirty log {self.log_mode.value!r} does not tell vCPUs apart",
-                remedy="start the machine with the dirty log 'ring'",
-            )
+            raise self._without_rings()
         self._rings.reap()
         return self._rings.dirty_pages
+
+    def _without_rings(self) -> UsageError:
+        return UsageError(
+            f"the dirty log {self.log_mode.value!r} does not tell vCPUs apart",
+            remedy="start the machine with the dirty log 'ring'",
+        )
+
+    @property
+    def dirty_limits(self) -> tuple[DirtyLimit, ...]:
+        """See `Machine.dirty_limits`."""
+        return () if self._limiter is None else self._limiter.limits
+
+    def check_dirty_limit(self) -> None:
+        """See `Machine.check_dirty_limit`."""
+        if self._limiter is None:
+            raise self._without_rings()
+
+    def limit_dirty_rate(self, quota: int, cpu: int | None = None, *, period: float = DEFAULT_PERIOD) -> None:
+        """See `Machine.limit_dirty_rate`. What counts as written is what is in the rings, see `dirty_pages`."""
+        if self._limiter is None:
+            raise self._without_rings()
+        with self._throttle_lock:
+            if self._closed and quota:
+                raise ClosedError("the machine was closed")
+            self._limiter.limit(quota, cpu, period)
+        for one in self._cpus:
+            one.throttle.look_again()
 
     def set_entry(self, entry: int, mode: BootMode) -> None:
         """Set the boot vCPU's registers."""
         self._check_still()
         start_at(self.boot_cpu, entry, mode)
+
+    def _reap(self) -> float:
+        if self._rings is not None and not (self._limiter is not None and self._limiter.active):
+            self._rings.reap()
+        return REAP_PERIOD
+
+    def _throttle(self, share: float) -> None:
+        for cpu in self._cpus:
+            cpu.throttle.set(share)
+        if share and self._ticker is None:
+            self._ticker = Ticker("throttle", self._end_slices, self._guest_ended)
+        elif not share and self._ticker is not None:
+            self._ticker.close()
+            self._ticker = None
+
+    def _end_slices(self) -> float:
+        return min(cpu.end_slice() for cpu in self._cpus)
 
     def _run(self) -> None:
         for cpu in self._cpus:
@@ -169,11 +220,18 @@ class KVMMachine(PCMachine):
         elif reason == ExitReason.MMIO:
             self._exits.mmio(vcpu)
         elif reason == ExitReason.DIRTY_RING_FULL and self._rings is not None:
-            self._rings.make_room(vcpu)
+            self._ring_full(self._rings, vcpu)
         elif reason == ExitReason.SHUTDOWN:
             raise GuestError("the guest shut down by a triple fault", remedy="look for a fault in the guest's code")
         else:
             raise GuestError(_describe(vcpu, reason), remedy="see the kernel's log for what KVM could not do")
+
+    def _ring_full(self, rings: DirtyRings, vcpu: VCPU) -> None:
+        limiter = self._limiter if self._limiter is not None and self._limiter.active else None
+        rings.make_room(vcpu, alone=limiter is not None)
+        if limiter is not None:
+            number = next(n for n, cpu in enumerate(self._cpus) if cpu.vcpu is vcpu)
+            self._cpus[number].throttle.stand_still(lambda: limiter.penalty(number))
 
     def _guest_ended(self, error: DirtylogError) -> None:
         # This vCPU counts as parked already: whoever holds the lock while waiting for all to park does not wait for it.
@@ -203,6 +261,9 @@ class KVMMachine(PCMachine):
         """End the vCPUs, give KVM and the memory up."""
         self._closed = True
         self.memory.flush = None
+        self.throttle(0)
+        if self._limiter is not None:
+            self._limiter.close()
         if self._reaper is not None:
             self._reaper.close()
         for cpu in self._cpus:

@@ -10,6 +10,7 @@ from dirtylog.errors import DirtylogError, HostError
 from dirtylog.linux.kvm import KICK_SIGNAL, VCPU
 from dirtylog.linux.kvm_abi import ExitReason
 from dirtylog.machine.kvm.gate import RunGate
+from dirtylog.machine.throttle import SLICE, Throttle
 
 PARK_TIMEOUT: Final = 5.0
 """Seconds until a vCPU that does not stop is reported. It takes microseconds; the rest is for a starved host."""
@@ -40,6 +41,7 @@ class VCPUThread:
 
     Attributes:
         failure: what `ended` is told, known as soon as the vCPU stands still.
+        throttle: takes time from it, as long as somebody calls `end_slice`.
     """
 
     def __init__(
@@ -58,6 +60,7 @@ class VCPUThread:
         self._wish = _Wish.PARK
         self._parked = True
         self.failure: DirtylogError | None = None
+        self.throttle = Throttle(self._changed, lambda: self._wish is _Wish.RUN)
         self._thread = threading.Thread(target=self._main, name=name, daemon=True)
         self._thread.start()
 
@@ -70,6 +73,16 @@ class VCPUThread:
         """Have the vCPU leave the guest, if it is there; unless told to stop, it comes back."""
         with self._changed:
             self._leave()
+
+    def end_slice(self) -> float:
+        """Have the vCPU leave the guest if its slice is over; in how many seconds to look again."""
+        with self._changed:
+            left = self.throttle.left
+            if self._wish is not _Wish.RUN or left >= SLICE:
+                return SLICE
+            if left <= 0:
+                self._leave()
+            return max(left, SLICE / 10)
 
     def request_park(self) -> None:
         """Ask the vCPU to stop; `wait_parked` waits until it has. Ask all first, then wait for each."""
@@ -133,6 +146,7 @@ class VCPUThread:
 
     def _run_until_kicked(self) -> None:
         while True:
+            self.throttle.rest()
             with self._gate:
                 reason = self.vcpu.run()
             if reason != ExitReason.INTR:

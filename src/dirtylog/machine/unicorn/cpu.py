@@ -9,6 +9,7 @@ from typing import Final
 
 from dirtylog.errors import DirtylogError, HostError
 from dirtylog.machine.kvm.vcpu import failure_from
+from dirtylog.machine.throttle import Throttle
 from dirtylog.machine.unicorn.engine import Engine
 
 PARK_TIMEOUT: Final = 5.0
@@ -34,6 +35,7 @@ class EmulatedCPU:
 
     Attributes:
         failure: what `ended` is told, known as soon as the processor stands still.
+        throttle: takes time from it.
         in_callback: whether a device is being accessed; the guest is in the midst of an instruction then.
     """
 
@@ -49,6 +51,7 @@ class EmulatedCPU:
         self._outdated = False
         self._engine: Engine | None = None
         self.failure: DirtylogError | None = None
+        self.throttle = Throttle(self._changed, lambda: self._wish is _Wish.RUN)
         self.in_callback = False
         self._thread = threading.Thread(target=self._main, name=name, daemon=True)
         self._thread.start()
@@ -178,6 +181,7 @@ class EmulatedCPU:
 
     def _wait_to_enter(self, halted: bool) -> bool:
         """Whether to go on: not if the processor is to park. Nothing else wakes one that has halted."""
+        self.throttle.rest()
         with self._changed:
             self._changed.wait_for(lambda: not (halted or self._holders) or self._wish is not _Wish.RUN)
             self._outdated = False
@@ -186,7 +190,8 @@ class EmulatedCPU:
     def _enter(self) -> bool:
         """Go into the guest, unless somebody wants otherwise."""
         with self._changed:
-            self._inside = not (self._outdated or self._holders or self._wish is not _Wish.RUN)
+            wanted = self._wish is _Wish.RUN and self.throttle.left > 0
+            self._inside = wanted and not (self._outdated or self._holders)
             return self._inside
 
     def _set_outside(self) -> None:

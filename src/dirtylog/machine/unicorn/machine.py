@@ -102,6 +102,9 @@ class UnicornMachine(PCMachine):
             self._check_still()
             self._prepare().write_registers(at_entry(entry, mode))
 
+    def _throttle(self, share: float) -> None:
+        self._cpu.throttle.set(share)
+
     def _run(self) -> None:
         self._cpu.run()
 
@@ -143,6 +146,7 @@ class UnicornMachine(PCMachine):
         """End the processor, give the memory up."""
         self._closed = True
         self.memory.code_written = None
+        self.throttle(0)
         self._cpu.close()
         with ExitStack() as last_first:
             last_first.callback(self.memory.close)
