@@ -58,6 +58,22 @@ def test_memory_without_contents_takes_no_time() -> None:
     assert predict(workload((1.0, []), stored=256), Scenario(_SPEED)).total == pytest.approx(0.26)
 
 
+def test_what_is_written_has_contents_wherever_it_lies() -> None:
+    load = workload((100.0, list(range(768, 1024))), stored=512)
+
+    weights = load.weights()
+
+    assert set(weights[768:]) == {1.0}
+    assert set(weights[:768]) == {1 / 3}
+    assert predict(load, Scenario(_SPEED, fixed_downtime=0)).passes[0].pages == 512
+
+
+def test_more_written_than_stored_is_stored_in_part() -> None:
+    weights = workload((1.0, list(range(512))), stored=256).weights()
+
+    assert (set(weights[:512]), set(weights[512:])) == ({0.5}, {0.0})
+
+
 def test_page_written_in_every_sample_is_left_for_the_switchover() -> None:
     prediction = predict(workload((0.01, [0, 1023])), Scenario(_SPEED, downtime_limit=0.1))
 

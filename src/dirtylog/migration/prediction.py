@@ -65,6 +65,19 @@ class Workload:
         if edges and not 0 <= min(edges) <= max(edges) < self.pages:
             raise UsageError(f"the workload names pages that a memory of {self.pages} pages does not have")
 
+    def weights(self) -> Times:
+        """How much of a page each page is to the link in the first pass.
+
+        What is written has contents. The rest of what is stored is spread evenly over the others, as nobody knows where
+        it lies.
+        """
+        written = np.zeros(self.pages, np.bool_)
+        for sample in self.samples:
+            written[sample.pages] = True
+        count = int(written.sum())
+        known, others = min(self.stored, count), self.pages - count
+        return np.where(written, known / max(count, 1), (self.stored - known) / max(others, 1))
+
     def writes(self, start: float, end: float) -> Iterator[tuple[Numbers, Times]]:
         """The pages written in [start, end), and when, sample by sample."""
         lengths = np.array([sample.seconds for sample in self.samples])
@@ -170,19 +183,18 @@ class _Replay:
         self._chunk = align_up(scenario.clear_chunk, 64 * PAGE_SIZE) // PAGE_SIZE
         self._split = scenario.split
         self._to_send = np.ones(workload.pages, np.bool_)
-        self._share = workload.stored / workload.pages if workload.pages else 0.0
+        self._weights = workload.weights()
         self.now = 0.0
 
     def run_pass(self) -> PredictedPass:
         began = self.now
         pages = np.flatnonzero(self._to_send)
-        # In the first pass the pages without contents take no time; which they are does not matter much.
-        weight = self._share if began == 0.0 else 1.0
-        sent_at: Times = began + np.arange(1, pages.size + 1, dtype=np.float64) * (self._page_seconds * weight)
+        sent = np.cumsum(self._weights[pages] if began == 0.0 else np.ones(pages.size))
+        sent_at: Times = began + sent * self._page_seconds
         self.now = float(sent_at[-1]) if pages.size else began + self._page_seconds
         dirty = self._written_after(self._clears(pages, sent_at, began), began)
         self._to_send = dirty
-        return PredictedPass(round(pages.size * weight), self.now - began, int(dirty.sum()))
+        return PredictedPass(round(float(sent[-1])) if pages.size else 0, self.now - began, int(dirty.sum()))
 
     def _clears(self, pages: Numbers, sent_at: Times, began: float) -> Times:
         """When each page was last cleared. What the sync did not report is not cleared in the pass either."""
