@@ -11,19 +11,15 @@ from typing import Any, Final
 
 import msgspec
 import pytest
+from msgspec import UNSET
 from support.processes import Run, dirtylog
 from support.waiting import Task, wait_until
 
 from dirtylog.cli import migrate
 from dirtylog.cli.main import main
-from dirtylog.control.commands import (
-    MigrateArguments,
-    MigrationInfo,
-    MigrationParameters,
-    PassInfo,
-    RAMInfo,
-    StatusInfo,
-)
+from dirtylog.control.machine_commands import StatusInfo
+from dirtylog.control.migration_commands import CapabilitiesArguments, MigrateArguments, MigrationParameters
+from dirtylog.control.migration_info import MigrationInfo, PassInfo, RAMInfo
 from dirtylog.control.qmp import CommandRegistry, NoArguments, QMPServer
 from dirtylog.errors import UsageError
 from dirtylog.guests.dirtier import build
@@ -50,6 +46,9 @@ def info(status: str, passes: int = 0, **changes: Any) -> MigrationInfo:
             dirty_sync_count=passes,
             page_size=PAGE_SIZE,
             pages_per_second=25_000,
+            multifd_bytes=0,
+            precopy_bytes=passes * MIB,
+            downtime_bytes=0,
         ),
         x_passes=[PassInfo(n + 1, 256, 0, MIB, 0.01, 0.0, 40, 1e8, 0.012) for n in range(passes)],
     )
@@ -74,10 +73,12 @@ class Script:
         self.state = "running"
         self.commands: list[str] = []
         self.parameters: MigrationParameters | None = None
+        self.capabilities: dict[str, bool] = {}
         self._begun = False
         self._queries = 0
         registry = CommandRegistry()
         registry.add("migrate-set-parameters", MigrationParameters, self._set_parameters)
+        registry.add("migrate-set-capabilities", CapabilitiesArguments, self._set_capabilities)
         registry.add("migrate", MigrateArguments, self._migrate)
         registry.add("query-migrate", NoArguments, self._query)
         registry.add("migrate_cancel", NoArguments, self._cancel)
@@ -87,6 +88,10 @@ class Script:
     def _set_parameters(self, parameters: MigrationParameters) -> None:
         self.commands.append("migrate-set-parameters")
         self.parameters = parameters
+
+    def _set_capabilities(self, arguments: CapabilitiesArguments) -> None:
+        self.commands.append("migrate-set-capabilities")
+        self.capabilities |= {one.capability: one.state for one in arguments.capabilities}
 
     def _migrate(self, arguments: MigrateArguments) -> None:
         self.commands.append(f"migrate {arguments.uri}")
@@ -129,25 +134,47 @@ Capture = pytest.CaptureFixture[str]
 RunMigrate = Callable[..., int]
 
 
+_DEFAULTS: Final = MigrationParameters(
+    downtime_limit=300,
+    max_bandwidth=0,
+    avail_switchover_bandwidth=0,
+    multifd_channels=1,
+    multifd_compression="zstd",
+    xbzrle_cache_size=64 * MIB,
+    x_clear_chunk=128 * MIB,
+    x_verify=False,
+)
+
+
 class TestParameters:
     @pytest.mark.parametrize(
         ("options", "expected"),
         [
-            ([], (300, 0, 128 * MIB, False)),
-            (["--max-downtime", "1.5s"], (1500, 0, 128 * MIB, False)),
-            (["--max-downtime", "2000s"], (2_000_000, 0, 128 * MIB, False)),
-            (["--bandwidth", "1G"], (300, GIB, 128 * MIB, False)),
-            (["--bandwidth", "10Gbit"], (300, 1_250_000_000, 128 * MIB, False)),
-            (["--clear-chunk", "4M"], (300, 0, 4 * MIB, False)),
-            (["--verify"], (300, 0, 128 * MIB, True)),
+            ([], {}),
+            (["--max-downtime", "1.5s"], {"downtime_limit": 1500}),
+            (["--max-downtime", "2000s"], {"downtime_limit": 2_000_000}),
+            (["--bandwidth", "1G"], {"max_bandwidth": GIB}),
+            (["--bandwidth", "10Gbit"], {"max_bandwidth": 1_250_000_000}),
+            (["--switchover-bandwidth", "1Gbit"], {"avail_switchover_bandwidth": 125_000_000}),
+            (["--clear-chunk", "4M"], {"x_clear_chunk": 4 * MIB}),
+            (["--channels", "3"], {"multifd_channels": 3}),
+            (["--compression", "none"], {"multifd_compression": "none"}),
+            (["--compression", "auto"], {"multifd_compression": "zstd"}),
+            (["--delta-cache", "1G"], {"xbzrle_cache_size": GIB}),
+            (["--delta-cache", "0"], {"xbzrle_cache_size": UNSET}),
+            (["--verify"], {"x_verify": True}),
         ],
     )
-    def test_options_set_them(self, script: Script, run: RunMigrate, options: Sequence[str], expected: Any) -> None:
+    def test_options_set_them(
+        self, script: Script, run: RunMigrate, options: Sequence[str], expected: dict[str, Any]
+    ) -> None:
         assert run(*options) == 0
-        assert script.parameters == MigrationParameters(
-            downtime_limit=expected[0], max_bandwidth=expected[1], x_clear_chunk=expected[2], x_verify=expected[3]
-        )
-        assert script.commands == ["migrate-set-parameters", f"migrate {_URI}"]
+        assert script.parameters == msgspec.structs.replace(_DEFAULTS, **expected)
+        assert script.capabilities == {
+            "multifd": "--channels" in options,
+            "xbzrle": expected.get("xbzrle_cache_size") is not UNSET,
+        }
+        assert script.commands == ["migrate-set-parameters", "migrate-set-capabilities", f"migrate {_URI}"]
 
     @pytest.mark.parametrize(
         ("options", "cause"),
@@ -158,6 +185,12 @@ class TestParameters:
             (["--bandwidth", "fast"], "'fast' is not a rate; write one like 128M (bytes a second) or 10Gbit"),
             (["--bandwidth", "16E"], f"a bandwidth of {1 << 64} bytes a second\n  remedy: 0 means no limit"),
             (["--clear-chunk", "big"], "'big' is not a size"),
+            (["--channels", "0"], "0 channels\n  remedy: 1 to 64 can be had"),
+            (["--channels", "65"], "65 channels\n"),
+            (["--channels", "many"], "'many' is not a valid integer"),
+            (["--compression", "zip"], "'zip' is not one of 'none', 'auto'"),
+            (["--delta-cache", "1K"], "a cache of 1024 bytes\n  remedy: 64M is usual; 0 means none"),
+            (["--switchover-bandwidth", "fast"], "'fast' is not a rate"),
             (["--clear-chunk", "0"], "a clear chunk of 0 bytes\n  remedy: 128M is usual"),
         ],
     )

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from rich.console import Console, RenderableType
 
 from dirtylog.cli.migration_report import progress_line, progress_table, report
-from dirtylog.control.commands import MigrationInfo, PassInfo, RAMInfo
+from dirtylog.control.migration_info import DowntimePartsInfo, MigrationInfo, PassInfo, RAMInfo, WayInfo
 from dirtylog.units import GIB, KIB, MIB, PAGE_SIZE
 
 PASSES: Final = [
@@ -53,6 +53,9 @@ INFO: Final = MigrationInfo(
         dirty_sync_count=2,
         page_size=PAGE_SIZE,
         pages_per_second=11_000,
+        multifd_bytes=0,
+        precopy_bytes=100 * MIB,
+        downtime_bytes=5 * MIB,
     ),
     x_passes=PASSES,
 )
@@ -80,6 +83,35 @@ def test_report_has_a_row_a_pass_and_the_totals() -> None:
         "zero pages    237,144\n"
         "bytes       105.0 MiB"
     )
+
+
+def test_report_tells_what_the_downtime_went_by_as() -> None:
+    parts = DowntimePartsInfo(stop=250, final_pass=9000, state=3000, handover=350)
+    shown = render(report(msgspec.structs.replace(INFO, x_downtime_parts=parts)))
+    assert shown.endswith(
+        "\nthe downtime went by as\n"
+        "  stopping vCPUs      250 us\n"
+        "  final pass          9.0 ms\n"
+        "  state               3.0 ms\n"
+        "  handover and start  350 us"
+    )
+
+
+def test_report_tells_what_each_way_saved() -> None:
+    ways = {"plain": WayInfo(1000, 4_096_000, 0), "fast": WayInfo(25_000, 30 * MIB, 70 * MIB), "new": WayInfo(1, 2, 3)}
+    shown = render(report(msgspec.structs.replace(INFO, x_ways=ways)))
+    assert shown.endswith(
+        "\npages with contents were sent\n"
+        "  as           pages     bytes     saved\n"
+        "  they are     1,000   3.9 MiB       0 B\n"
+        "  zstd, fast  25,000  30.0 MiB  70.0 MiB\n"
+        "  new              1       2 B       3 B"
+    )
+
+
+def test_report_does_not_speak_of_ways_if_all_pages_went_as_they_are() -> None:
+    info = msgspec.structs.replace(INFO, x_ways={"plain": WayInfo(1000, 4_096_000, 0)})
+    assert render(report(info)) == render(report(INFO))
 
 
 def test_report_of_a_verified_migration_shows_the_digests() -> None:
@@ -151,6 +183,8 @@ _FLOATS: Final = st.floats(0, 1e18)
         expected_downtime=st.none() | _COUNTS,
         x_downtime_us=st.none() | _COUNTS,
         ram=st.builds(RAMInfo, page_size=st.just(4 * KIB), mbps=_FLOATS),
+        x_ways=st.dictionaries(st.text(max_size=5), st.builds(WayInfo), max_size=4),
+        x_downtime_parts=st.none() | st.builds(DowntimePartsInfo),
         x_passes=st.lists(st.builds(PassInfo, seconds=_FLOATS, bytes=_COUNTS), max_size=3),
     )
 )

@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import math
 import shutil
 import socket
 import subprocess
@@ -14,8 +13,6 @@ from typing import Any, Final, Self
 
 import msgspec
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from qemu.qmp import ExecuteError
 from qemu.qmp import QMPClient as PeerClient
 from support.checkpoints import Checkpoint, Moment, install
@@ -23,25 +20,19 @@ from support.guests import KVM_RAM, Guest, check_memory, check_runs_on, machine,
 from support.require import require
 from support.waiting import BOUND, wait_until
 
-from dirtylog.control.commands import Commands, MigrationInfo, describe, emit_events
+from dirtylog.control.commands import Commands, emit_events
 from dirtylog.control.controller import Controller
+from dirtylog.control.migration_commands import CAPABILITIES
 from dirtylog.control.qmp import CommandRegistry, QMPServer
-from dirtylog.control.qmp.messages import Success, encode
 from dirtylog.errors import DirtylogError, GuestError
 from dirtylog.machine import RunState
 from dirtylog.memory import Client, TrackingReason
 from dirtylog.memory.description import MemoryDescription
 from dirtylog.migration import (
     Listener,
-    OutgoingMigration,
-    Parameters,
-    PassStatistics,
-    Statistics,
-    Status,
     parse_address,
 )
 from dirtylog.migration.protocol import Role
-from dirtylog.migration.statistics import MOST_PASSES
 from dirtylog.units import MIB
 
 QEMU: Final = shutil.which("qemu-system-x86_64")
@@ -286,6 +277,13 @@ class TestMigrate:
         assert passes[0]["expected-downtime"] > 0
         assert passes[-1]["expected-downtime"] is None
         assert round(info["x-downtime-us"] / 1000) == info["downtime"] <= info["total-time"]
+        parts = info["x-downtime-parts"]
+        assert list(parts) == ["stop", "final-pass", "state", "handover"]
+        assert sum(parts.values()) == pytest.approx(info["x-downtime-us"], abs=4)
+        assert ram["precopy-bytes"] + ram["downtime-bytes"] == ram["transferred"]
+        assert ram["downtime-bytes"] == passes[-1]["bytes"]
+        assert info["x-ways"]["plain"]["pages"] == ram["normal"]
+        assert "xbzrle-cache" not in info
         assert "expected-downtime" not in info
         assert "error-desc" not in info
         assert "x-digests" not in info
@@ -392,7 +390,16 @@ class TestMigrate:
 
 
 class TestParameters:
-    DEFAULTS: Final = {"downtime-limit": 300, "max-bandwidth": 0, "x-clear-chunk": 128 * MIB, "x-verify": False}
+    DEFAULTS: Final = {
+        "downtime-limit": 300,
+        "max-bandwidth": 0,
+        "avail-switchover-bandwidth": 0,
+        "multifd-channels": 2,
+        "multifd-compression": "none",
+        "xbzrle-cache-size": 64 * MIB,
+        "x-clear-chunk": 128 * MIB,
+        "x-verify": False,
+    }
 
     def test_defaults_can_be_asked_for(self, fake: Served) -> None:
         assert fake.peer.execute("query-migrate-parameters") == self.DEFAULTS
@@ -403,6 +410,11 @@ class TestParameters:
             ("downtime-limit", 0),
             ("downtime-limit", 2_000_000),
             ("max-bandwidth", (1 << 63) - 1),
+            ("avail-switchover-bandwidth", (1 << 63) - 1),
+            ("multifd-channels", 1),
+            ("multifd-channels", 64),
+            ("multifd-compression", "zstd"),
+            ("xbzrle-cache-size", 4096),
             ("x-clear-chunk", 1),
             ("x-verify", True),
         ],
@@ -428,6 +440,17 @@ class TestParameters:
             ("max-bandwidth", 1 << 63),
             ("max-bandwidth", 10**400),
             ("max-bandwidth", True),
+            ("avail-switchover-bandwidth", -1),
+            ("avail-switchover-bandwidth", 1 << 63),
+            ("multifd-channels", 0),
+            ("multifd-channels", 65),
+            ("multifd-channels", 256),
+            ("multifd-compression", "zlib"),
+            ("multifd-compression", "auto"),
+            ("multifd-compression", True),
+            ("xbzrle-cache-size", 0),
+            ("xbzrle-cache-size", 4095),
+            ("xbzrle-cache-size", 1 << 63),
             ("x-clear-chunk", 0),
             ("x-clear-chunk", 1 << 63),
             ("x-verify", 1),
@@ -451,6 +474,74 @@ class TestParameters:
         fake.peer.execute("migrate-set-parameters", downtime_limit=1000)
         assert fake.controller.outgoing is not None
         assert fake.controller.outgoing.parameters.downtime_limit == 1.0
+
+    def test_change_that_comes_too_late_is_refused(self, fake: Served, silent: None, uri: str) -> None:
+        fake.peer.execute("migrate", uri=uri)
+        for name, value in (("x_verify", True), ("x_clear_chunk", 1), ("multifd_compression", "zstd")):
+            error = fake.peer.refused("migrate-set-parameters", **{name: value})
+            assert (error.error_class, "under way" in str(error)) == ("GenericError", True)
+        assert fake.peer.execute("query-migrate-parameters") == self.DEFAULTS
+        fake.peer.execute("migrate-set-parameters", multifd_channels=3, xbzrle_cache_size=MIB)  # neither is on
+
+
+class TestCapabilities:
+    @staticmethod
+    def _set(peer: Peer, **states: object) -> dict[str, object]:
+        wanted = [{"capability": name.replace("_", "-"), "state": state} for name, state in states.items()]
+        return {"capabilities": wanted}
+
+    def test_all_are_off_at_first(self, fake: Served) -> None:
+        answer = fake.peer.execute("query-migrate-capabilities")
+        assert {one["capability"] for one in answer} == set(CAPABILITIES)
+        assert not any(one["state"] for one in answer)
+
+    def test_those_that_are_switched_on_are_on(self, fake: Served) -> None:
+        assert fake.peer.execute("migrate-set-capabilities", **self._set(fake.peer, multifd=True, xbzrle=True)) == {}
+        fake.peer.execute(
+            "migrate-set-capabilities", **self._set(fake.peer, events=True, multifd=False, postcopy_ram=False)
+        )
+        on = {one["capability"] for one in fake.peer.execute("query-migrate-capabilities") if one["state"]}
+        assert on == {"xbzrle", "events"}
+
+    @pytest.mark.parametrize(
+        ("name", "state", "cause"),
+        [
+            ("postcopy-ram", True, "the capability 'postcopy-ram' is not offered here"),
+            ("rdma-pin-all", True, "the capability 'rdma-pin-all' is not offered here"),
+            ("toaster", False, "there is no capability 'toaster'"),
+            ("multifd", 1, "invalid parameter"),
+        ],
+    )
+    def test_one_that_cannot_be_had_is_refused_with_all_others(
+        self, fake: Served, name: str, state: object, cause: str
+    ) -> None:
+        error = fake.peer.refused("migrate-set-capabilities", **self._set(fake.peer, xbzrle=True, **{name: state}))
+        assert (error.error_class, cause in str(error)) == ("GenericError", True)
+        assert not any(one["state"] for one in fake.peer.execute("query-migrate-capabilities"))
+
+    def test_none_changes_while_a_migration_is_under_way(self, fake: Served, silent: None, uri: str) -> None:
+        fake.peer.execute("migrate", uri=uri)
+        error = fake.peer.refused("migrate-set-capabilities", **self._set(fake.peer, multifd=True))
+        assert (error.error_class, "under way" in str(error)) == ("GenericError", True)
+
+    def test_guest_moves_with_all_of_them_and_passes_are_told(
+        self, served: Served, destination: Served, uri: str
+    ) -> None:
+        source = served.peer
+        source.execute("migrate-set-capabilities", **self._set(source, multifd=True, xbzrle=True, events=True))
+        source.execute("migrate-set-parameters", multifd_channels=3, multifd_compression="zstd", x_verify=True)
+        source.execute("migrate-set-parameters", max_bandwidth=100 * MIB, avail_switchover_bandwidth=100 * MIB)
+        source.execute("cont")
+        wait_for_rounds(served.guest)
+        source.execute("migrate", uri=uri)
+        info = source.wait_migrated()
+        events = source.events_until(("MIGRATION", {"status": "completed"}))
+        passes = [data for name, data in events if name == "MIGRATION_PASS"]
+        assert passes == [{"pass": number} for number in range(1, info["ram"]["dirty-sync-count"] + 1)]
+        assert info["ram"]["multifd-bytes"] == info["ram"]["transferred"]
+        assert info["xbzrle-cache"]["cache-size"] == 64 * MIB
+        assert sum(way["pages"] for way in info["x-ways"].values()) == info["ram"]["normal"]
+        check_runs_on(destination.guest)
 
 
 @pytest.fixture
@@ -524,88 +615,6 @@ class TestQueryMemory:
 
     def test_arguments_are_refused(self, fake: Served) -> None:
         assert fake.peer.refused("x-query-memory", size=1).error_class == "GenericError"
-
-
-_SECONDS: Final = st.just(0.0) | st.floats(1e-9, 1e7)
-_COUNTS: Final = st.integers(0, 1 << 60)
-_PASSES: Final = st.builds(
-    PassStatistics,
-    number=st.integers(1, 1 << 30),
-    pages=_COUNTS,
-    zero_pages=_COUNTS,
-    bytes=_COUNTS,
-    seconds=_SECONDS,
-    starved=_SECONDS,
-    dirtied=_COUNTS,
-    bandwidth=st.just(0.0) | st.floats(1e-3, 1e18),
-    expected_downtime=st.sampled_from((0.0, 0.01, math.inf)) | st.floats(0.01, 1e18),
-)
-_STATISTICS: Final = st.builds(
-    Statistics,
-    total_bytes=_COUNTS,
-    remaining_pages=_COUNTS,
-    passes=st.lists(_PASSES, max_size=8),
-    dirty_rate=st.floats(0, 1e18),
-    setup_seconds=_SECONDS,
-    total_seconds=_SECONDS,
-    downtime=_SECONDS,
-    verify_seconds=_SECONDS,
-    digests=st.dictionaries(st.text(max_size=3), st.binary(max_size=4), max_size=2),
-)
-_ERRORS: Final = st.none() | st.builds(DirtylogError, st.text(max_size=5))
-
-
-class TestDescribe:
-    def test_every_state_has_json_that_reads_back(self) -> None:
-        with machine("fake", boot=False) as guest:
-
-            @given(st.sampled_from(Status), _STATISTICS, _ERRORS)
-            def check(status: Status, statistics: Statistics, error: DirtylogError | None) -> None:
-                outgoing = OutgoingMigration(guest, parse_address("unix:x"), Parameters())
-                outgoing.status, outgoing.statistics, outgoing.error = status, statistics, error
-                info = json.loads(encode(Success(describe(outgoing))))["return"]
-                assert msgspec.convert(info, MigrationInfo).status == status.value
-                assert len(info["x-passes"]) == len(statistics.passes)
-                assert ("downtime" in info) == ("x-downtime-us" in info) == (status is Status.COMPLETED)
-                assert ("error-desc" in info) == (status is Status.FAILED)
-                assert ("x-digests" in info) == ("x-verify-us" in info) == bool(statistics.digests)
-
-            check()
-
-    @pytest.mark.parametrize(
-        ("passes", "mbps", "expected"),
-        [
-            ([], 0, None),
-            ([PassStatistics(1)], 0, None),
-            ([PassStatistics(1, bytes=1_000_000, seconds=2.0)], 4, None),
-            ([PassStatistics(1, bytes=1, seconds=1.0, bandwidth=1e6, expected_downtime=0.25)], 8, 250),
-            ([PassStatistics(1, bytes=1, seconds=1.0, bandwidth=1e6, expected_downtime=math.inf)], 8, None),
-            (
-                [PassStatistics(1, bytes=1, seconds=1.0, bandwidth=1e6, expected_downtime=0.5), PassStatistics(2)],
-                8,
-                500,
-            ),
-        ],
-        ids=["nothing", "just-begun", "first-pass", "first-done", "unknown-link", "second-begun"],
-    )
-    def test_progress_is_that_of_the_latest_pass_that_tells(
-        self, passes: list[PassStatistics], mbps: float, expected: int | None
-    ) -> None:
-        with machine("fake", boot=False) as guest:
-            outgoing = OutgoingMigration(guest, parse_address("unix:x"), Parameters())
-            outgoing.status, outgoing.statistics.passes = Status.ACTIVE, passes
-            info = describe(outgoing)
-        assert info.ram.mbps == pytest.approx(mbps)
-        assert info.expected_downtime == expected
-
-    def test_only_the_last_passes_are_told(self) -> None:
-        with machine("fake", boot=False) as guest:
-            outgoing = OutgoingMigration(guest, parse_address("unix:x"), Parameters())
-            for _ in range(1, 1000):
-                outgoing.statistics.begin_pass()
-            info = describe(outgoing)
-        assert [one.number for one in info.x_passes] == list(range(1000 - MOST_PASSES, 1000))
-        assert info.ram.dirty_sync_count == 999
 
 
 @contextmanager
@@ -699,7 +708,26 @@ class TestAsInQEMU:
         _check_same_shape({name: ours[name] for name in theirs}, theirs)
 
     def test_parameters_have_its_names_and_types(self, fake: Served, qemu: Peer) -> None:
-        _check_same_shape(fake.peer.execute("query-migrate-parameters"), qemu.execute("query-migrate-parameters"))
+        ours, theirs = (peer.execute("query-migrate-parameters") for peer in (fake.peer, qemu))
+        if "avail-switchover-bandwidth" not in theirs:  # before QEMU 8.2
+            del ours["avail-switchover-bandwidth"]
+        _check_same_shape(ours, theirs)
+
+    def test_capabilities_are_all_that_it_has(self, fake: Served, qemu: Peer) -> None:
+        ours, theirs = (
+            [one["capability"] for one in peer.execute("query-migrate-capabilities")] for peer in (fake.peer, qemu)
+        )
+        assert set(theirs) <= set(ours)
+        assert [name for name in ours if name in theirs] == theirs
+
+    def test_differences_are_described_alike(self, fake: Served, qemu: Peer, kind_of_destination: str) -> None:
+        on = [{"capability": "xbzrle", "state": True}]
+        for peer, uri in ((fake.peer, kind_of_destination), (qemu, "exec:cat >/dev/null")):
+            peer.execute("migrate-set-capabilities", capabilities=on)
+            peer.execute("migrate", uri=uri)
+        ours, theirs = fake.peer.wait_migrated(), qemu.wait_migrated()
+        _check_same_shape(ours, theirs)
+        assert ours["xbzrle-cache"].keys() == theirs["xbzrle-cache"].keys()
 
     @pytest.mark.parametrize(
         ("command", "arguments"),
@@ -722,6 +750,16 @@ class TestAsInQEMU:
             ("migrate-set-parameters", {"downtime-limit": "300"}),
             ("migrate-set-parameters", {"downtime-limit": 0.5}),
             ("migrate-set-parameters", {"nonsense": 1}),
+            ("migrate-set-parameters", {"multifd-channels": 0}),
+            ("migrate-set-parameters", {"multifd-compression": "nonsense"}),
+            ("migrate-set-parameters", {"xbzrle-cache-size": 4095}),
+            ("migrate-set-capabilities", {}),
+            ("migrate-set-capabilities", {"capabilities": {}}),
+            ("migrate-set-capabilities", {"capabilities": [{"capability": "multifd"}]}),
+            ("migrate-set-capabilities", {"capabilities": [{"capability": "nonsense", "state": True}]}),
+            ("migrate-set-capabilities", {"capabilities": [{"capability": "multifd", "state": 1}]}),
+            ("migrate-set-capabilities", {"capabilities": [{"capability": "multifd", "state": True, "x": 1}]}),
+            ("query-migrate-capabilities", {"nonsense": 1}),
             ("migrate-cancel", {}),
         ],
     )

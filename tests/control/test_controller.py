@@ -12,9 +12,11 @@ from support.waiting import BOUND, Task, wait_until
 
 from dirtylog.control import controller as controller_module
 from dirtylog.control.controller import Controller, ShutdownCause
+from dirtylog.control.settings import Capability
 from dirtylog.errors import CancelledError, DirtylogError, DisconnectedError, GuestError, HostError, UsageError
 from dirtylog.machine import RunState
 from dirtylog.migration import IncomingMigration, Listener, OutgoingMigration, Status, parse_address
+from dirtylog.units import MIB
 
 
 @contextmanager
@@ -223,14 +225,40 @@ class TestParameters:
         controller.migrate(uri)
         assert _outgoing(controller).parameters.max_bandwidth == 1000
         controller.change_parameters(downtime_limit=1.5)
-        assert _outgoing(controller).parameters == controller.parameters
-        assert (controller.parameters.downtime_limit, controller.parameters.max_bandwidth) == (1.5, 1000)
+        parameters = controller.settings.effective
+        assert _outgoing(controller).parameters == parameters
+        assert (parameters.downtime_limit, parameters.max_bandwidth) == (1.5, 1000)
 
     def test_bad_value_changes_nothing(self, controller: Controller) -> None:
-        before = controller.parameters
+        before = controller.settings
         with pytest.raises(UsageError, match="a downtime limit of -1 s"):
             controller.change_parameters(max_bandwidth=5, downtime_limit=-1)
-        assert controller.parameters is before
+        assert controller.settings is before
+
+    def test_what_comes_too_late_for_the_migration_under_way_is_refused(
+        self, controller: Controller, silent: Listener, uri: str
+    ) -> None:
+        controller.migrate(uri)
+        before = controller.settings
+        with pytest.raises(UsageError, match="the verify of a migration that is under way cannot be changed"):
+            controller.change_parameters(downtime_limit=1.5, verify=True)
+        assert controller.settings is before
+        controller.change_parameters(verify=False, delta_cache=MIB)  # no change, and none that counts now
+        controller.cancel_migration()
+        _wait_ended(controller)
+        controller.change_parameters(verify=True)
+        assert controller.settings.effective.verify
+
+    def test_capabilities_are_refused_while_a_migration_is_under_way(
+        self, controller: Controller, silent: Listener, uri: str
+    ) -> None:
+        controller.change_capabilities({Capability.MULTIFD: True, Capability.EVENTS: True})
+        controller.change_capabilities({Capability.MULTIFD: False, Capability.XBZRLE: False})
+        assert controller.settings.capabilities == {Capability.EVENTS}
+        controller.migrate(uri)
+        with pytest.raises(UsageError, match="a migration is under way"):
+            controller.change_capabilities({Capability.EVENTS: False})
+        assert controller.settings.capabilities == {Capability.EVENTS}
 
 
 class TestReceive:

@@ -163,18 +163,37 @@ def test_part_of_a_huge_page_at_the_end_is_left_alone(large: MemfdMapping) -> No
     assert allocated(large) == []
 
 
-def test_host_without_huge_pages_is_asked_once(large: MemfdMapping, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("refused", "code", "times"),
+    [
+        (mapping_module._MADV_POPULATE_WRITE, errno.EINVAL, 1),
+        (mapping_module._MADV_COLLAPSE, errno.EINVAL, 1),
+        (mapping_module._MADV_COLLAPSE, errno.EAGAIN, 2),
+        (mapping_module._MADV_COLLAPSE, errno.ENOMEM, 2),
+    ],
+    ids=["old-kernel", "no-huge-pages", "none-free", "no-memory"],
+)
+def test_host_that_will_never_have_huge_pages_is_asked_once(
+    large: MemfdMapping, monkeypatch: pytest.MonkeyPatch, refused: int, code: int, times: int
+) -> None:
     asked: list[int] = []
 
     class Kernel:
         def madvise(self, address: int, size: int, advice: int) -> int:
             asked.append(advice)
-            ctypes.set_errno(errno.EINVAL)
-            return -1
+            ctypes.set_errno(code)
+            return -1 if advice == refused else 0
 
     monkeypatch.setattr(mapping_module, "_libc", Kernel())
     assert [large.make_huge(start) for start in (0, HUGE_PAGE_SIZE)] == [False, False]
-    assert len(asked) == 1
+    assert asked.count(refused) == times
+
+
+def test_huge_page_keeps_what_is_in_its_place(large: MemfdMapping) -> None:
+    large.array[: 3 * PAGE_SIZE] = 7
+    large.make_huge(0)
+    assert large.array[: 3 * PAGE_SIZE].min() == 7
+    assert not large.array[3 * PAGE_SIZE : HUGE_PAGE_SIZE].any()
 
 
 @pytest.mark.parametrize("page", [0, 5, 15])

@@ -2,6 +2,7 @@ import errno
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -115,6 +116,17 @@ def test_starvation_is_the_kernels_count_for_the_thread_that_asks() -> None:
         return
     before, asked, after = count(), thread_starved_ns(), count()
     assert 0 <= before <= asked <= after
+
+
+def test_time_without_cpu_of_another_thread_can_be_asked_for() -> None:
+    own = threading.get_native_id()
+    before = thread_starved_ns()
+    assert before <= thread_starved_ns(own) <= thread_starved_ns()
+    thread = threading.Thread(target=lambda: None)
+    thread.start()
+    thread.join()
+    assert thread.native_id is not None
+    assert thread_starved_ns(thread.native_id) == 0  # it has ended
 
 
 def test_kernel_without_the_counter_counts_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

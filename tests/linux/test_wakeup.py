@@ -40,3 +40,27 @@ def test_close_may_be_repeated() -> None:
     wakeup.close()
     wakeup.close()
     assert wakeup.fileno() < 0
+
+
+def test_wait_says_whether_anything_happened_before_time_was_up() -> None:
+    near, far = socket.socketpair()
+    wakeup = Wakeup()
+    with near, far:
+        waiter = Waiter(near.fileno(), wakeup)
+        assert not waiter.wait(read=True, timeout=0.0)
+        assert not waiter.wait(read=True, timeout=-1.0)
+        far.send(b"x")
+        assert waiter.wait(read=True, timeout=0.0)
+    wakeup.close()
+
+
+def test_wait_ends_when_another_file_can_be_read() -> None:
+    near, far = socket.socketpair()
+    one, other = socket.socketpair()
+    wakeup = Wakeup()
+    with near, far, one, other:
+        waiter = Waiter(near.fileno(), wakeup, one.fileno())
+        assert not waiter.wait(read=True, timeout=0.0)
+        other.close()
+        assert waiter.wait(read=True)
+    wakeup.close()

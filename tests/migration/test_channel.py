@@ -35,7 +35,7 @@ from dirtylog.migration.messages import (
 from dirtylog.migration.protocol import Protocol, Role, Stage
 from dirtylog.units import PAGE_SIZE
 
-_HELLO = Hello("fake", (), False)
+_HELLO = Hello("fake", (), False, 1, bytes(16))
 _WELCOME = Welcome("boot", 1, 1)
 
 
@@ -171,6 +171,21 @@ def test_side_that_gives_up_says_why(channels: tuple[Channel, Channel], speaker:
         channels[1 - speaker].expect(Handover)
 
 
+def test_peer_that_waits_is_quiet_and_one_that_is_gone_is_not(channels: tuple[Channel, Channel]) -> None:
+    source, destination = channels
+    destination.check_quiet()
+    source.close()
+    with pytest.raises(DisconnectedError, match="the connection to the source ended"):
+        destination.check_quiet()
+
+
+def test_peer_that_speaks_is_not_quiet(channels: tuple[Channel, Channel]) -> None:
+    source, destination = channels
+    source.send(Failed("enough"))
+    with pytest.raises(RefusedError, match="the source gave up: enough"):
+        destination.check_quiet()
+
+
 def test_abort_wakes_a_thread_that_receives(channels: tuple[Channel, Channel]) -> None:
     source, _ = channels
     task = Task(source.receive)
@@ -222,7 +237,7 @@ def test_peer_that_said_something_else_has_no_last_words(channels: tuple[Channel
     source, destination = channels
     source.send(PassEnd(1))
     destination.receive()
-    destination.send(PassDone(1, 0))
+    destination.send(PassDone(1, 0, 0, 0))
     destination.close()
     assert source.last_words() is None
     assert source.last_words() is None

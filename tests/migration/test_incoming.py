@@ -149,7 +149,7 @@ def _ones(payload: Piece) -> Piece:
 
 
 def _hello(machine: str = "fake", blocks: tuple[BlockInfo, ...] = _FAKE_BLOCKS, *, verify: bool = True) -> _Change:
-    return _instead("Hello", piece(Hello(machine, blocks, verify)))
+    return _instead("Hello", piece(Hello(machine, blocks, verify, 1, bytes(16))))
 
 
 _REFUSED: dict[str, tuple[_Change, type[DirtylogError], str]] = {
@@ -164,9 +164,9 @@ _REFUSED: dict[str, tuple[_Change, type[DirtylogError], str]] = {
         "the source does not speak dirtylog's migration protocol",
     ),
     "another version": (
-        _instead("preamble", Piece("preamble", MAGIC + struct.pack("<I", 2))),
+        _instead("preamble", Piece("preamble", MAGIC + struct.pack("<I", 1))),
         ProtocolError,
-        "the source speaks version 2 of the migration protocol, this side 1",
+        "the source speaks version 1 of the migration protocol, this side 2",
     ),
     "no greeting": (_instead("Hello"), ProtocolError, "the source sent ZeroPages when OPENING"),
     "two greetings": (
@@ -371,9 +371,11 @@ def test_nobody_else_is_taken_in_once_a_source_has_come(
     with closing(Listener(address)) as listener, socket.socket(socket.AF_UNIX) as peer:
         task = Task(IncomingMigration(guest, listener).run)
         peer.connect(str(path))
+        greeting = first(recording.source, "Hello") + 1
+        peer.sendall(stream(recording.source[:greeting]))
         wait_until(lambda: not path.exists(), "the destination took the first source")
         with pytest.raises(DisconnectedError, match="cannot connect to the destination"):
             connect(address)
-        talk(peer, stream(recording.source))
+        talk(peer, stream(recording.source[greeting:]))
         task.join()
     assert guest.state is RunState.RUNNING

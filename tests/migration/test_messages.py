@@ -12,13 +12,17 @@ from dirtylog.migration.messages import (
     HEAD,
     MAX_BATCH_PAGES,
     MAX_BODY,
+    MAX_CHANNELS,
     MAX_RUNS,
     MESSAGES,
     BlockInfo,
     Digests,
+    EncodedPages,
     Failed,
     Handover,
     Hello,
+    Join,
+    Joined,
     Message,
     Pages,
     PassDone,
@@ -33,6 +37,7 @@ from dirtylog.migration.messages import (
     encode,
 )
 from dirtylog.migration.protocol import Protocol, Role, Stage
+from dirtylog.units import PAGE_SIZE
 
 _BIG = (1 << 63) - 1
 
@@ -45,12 +50,14 @@ def _runs(*runs: tuple[int, int]) -> messages.Runs:
 _TABLE: list[tuple[Stage, Message, str]] = [
     (
         Stage.OPENING,
-        Hello("kvm-x86-pc", (BlockInfo("pc.ram", 1 << 30, 4096),), False),
-        "0100 0000 48000000"
-        "83 a7 6d616368696e65 aa 6b766d2d7838362d7063"  # machine: kvm-x86-pc
+        Hello("kvm-x86-pc", (BlockInfo("pc.ram", 1 << 30, 4096),), False, 1, bytes(16)),
+        "0100 0000 6c000000"
+        "85 a7 6d616368696e65 aa 6b766d2d7838362d7063"  # machine: kvm-x86-pc
         "a6 626c6f636b73 91 83 a4 6e616d65 a6 70632e72616d"  # blocks: name: pc.ram
         "a4 73697a65 ce 40000000 a9 706167655f73697a65 cd 1000"  # size, page_size
-        "a6 766572696679 c2",  # verify: false
+        "a6 766572696679 c2"  # verify: false
+        "a8 6368616e6e656c73 01"  # channels: 1
+        "a7 73657373696f6e c4 10 00000000000000000000000000000000",  # session
     ),
     (
         Stage.OFFERED,
@@ -71,8 +78,9 @@ _TABLE: list[tuple[Stage, Message, str]] = [
     (Stage.STREAMING, PassEnd(1), "0500 0000 09000000 81 a6 6e756d626572 01"),
     (
         Stage.PASS_ENDED,
-        PassDone(1, 200),
-        "0600 0000 16000000 82 a6 6e756d626572 01 aa 737461727665645f6e73 cc c8",
+        PassDone(1, 200, 1 << 20, 7),
+        "0600 0000 2e000000 84 a6 6e756d626572 01 aa 737461727665645f6e73 cc c8"
+        "a7 6465636f646564 ce 00100000 a9 6465636f64655f6e73 07",
     ),
     (Stage.STREAMING, Digests((b"\x01\x02",)), "0700 0000 0d000000 81 a6 626c6f636b73 91 c4 02 0102"),
     (
@@ -88,6 +96,17 @@ _TABLE: list[tuple[Stage, Message, str]] = [
     (Stage.READY, Handover(), "0a00 0000 01000000 80"),
     (Stage.HANDED_OVER, Taken(), "0b00 0000 01000000 80"),
     (Stage.STREAMING, Failed("no"), "0c00 0000 0b000000 81 a6 726561736f6e a2 6e6f"),
+    (
+        Stage.SIDE,
+        EncodedPages(0, _runs((3, 2)), size=300, difference=True),
+        "0d00 0000 20000000 00000000 01000000 0300000000000000 0200000000000000 2c010000 01000000",
+    ),
+    (
+        Stage.OPENING,
+        Join(b"0123456789abcdef"),
+        "0e00 0000 1b000000 81 a7 73657373696f6e c4 10 30313233343536373839616263646566",
+    ),
+    (Stage.JOINING, Joined(), "0f00 0000 01000000 80"),
 ]
 _EACH = pytest.mark.parametrize(
     ("stage", "message", "frame"),
@@ -124,7 +143,7 @@ def _conversation(role: Role, stage: Stage) -> Protocol:
 @_EACH
 def test_frame_that_arrives_byte_by_byte_gives_the_message(stage: Stage, message: Message, frame: bytes) -> None:
     protocol = _conversation(Role.DESTINATION, stage)
-    if isinstance(message, Welcome | PassDone | Ready | Taken):
+    if isinstance(message, Welcome | PassDone | Ready | Taken | Joined):
         protocol = _conversation(Role.SOURCE, stage)
     got, buffer = None, b""
     for number, byte in enumerate(frame):
@@ -154,7 +173,7 @@ def test_body_cut_anywhere_is_refused(stage: Stage, message: Message, frame: byt
     ("head", "reason"),
     [
         ((0, 0, 0), "no message has the type 0"),
-        ((13, 0, 0), "no message has the type 13"),
+        ((16, 0, 0), "no message has the type 16"),
         ((0xFFFF, 0, 0), "no message has the type 65535"),
         ((1, 1, 0), "no message has the type 1 and flags 1"),
         ((8, 0, MAX_BODY + 1), "a State message of 16777217 bytes"),
@@ -189,11 +208,42 @@ _MALFORMED_TABLES = {
 }
 
 
-@pytest.mark.parametrize("kind", [Pages, ZeroPages])
+@pytest.mark.parametrize("kind", [Pages, ZeroPages, EncodedPages])
 @pytest.mark.parametrize("name", _MALFORMED_TABLES)
 def test_malformed_run_table_is_refused(kind: type[Message], name: str) -> None:  # M5
+    encoding = struct.pack("<II", 1, 0) if kind is EncodedPages else b""
     with pytest.raises(ProtocolError, match="the stream is corrupt"):
-        decode_body(kind, _MALFORMED_TABLES[name])
+        decode_body(kind, _MALFORMED_TABLES[name] + encoding)
+
+
+@pytest.mark.parametrize(
+    ("pages", "encoding", "reason"),
+    [
+        (2, (0, 0), "2 pages encoded as 0 bytes, kind 0"),
+        (2, (2 * PAGE_SIZE + 1, 0), "2 pages encoded as 8193 bytes, kind 0"),
+        (2, (1, 2), "2 pages encoded as 1 bytes, kind 2"),
+        (MAX_BATCH_PAGES + 1, (1, 0), "4097 pages in one message"),
+    ],
+)
+def test_encoding_that_cannot_be_is_refused(pages: int, encoding: tuple[int, int], reason: str) -> None:  # M5
+    with pytest.raises(ProtocolError, match=reason):
+        decode_body(EncodedPages, _table(0, 1, 0, pages) + struct.pack("<II", *encoding))
+
+
+def test_longest_encoding_is_that_of_the_contents() -> None:
+    body = _table(0, 1, 0, MAX_BATCH_PAGES) + struct.pack("<II", MAX_BATCH_PAGES * PAGE_SIZE, 1)
+    message = decode_body(EncodedPages, body)
+    assert isinstance(message, EncodedPages)
+    assert (message.payload_size, message.difference) == (MAX_BATCH_PAGES * PAGE_SIZE, True)
+
+
+@given(st.data())
+def test_numbers_are_those_of_the_runs(data: st.DataObject) -> None:
+    runs = data.draw(_run_tables(50))
+    numbers = [page for first, count in runs.tolist() for page in range(first, first + count)]
+    message = Pages(0, runs)
+    assert message.numbers.tolist() == numbers
+    assert message.pages == len(numbers)
 
 
 def test_runs_that_touch_are_accepted() -> None:
@@ -216,6 +266,7 @@ def test_more_pages_with_contents_than_a_receiver_waits_for_are_refused() -> Non
         decode_body(Pages, _table(0, 2, 0, 1, 7, MAX_BATCH_PAGES))
 
 
+_HELLO: dict[str, object] = {"machine": "x", "blocks": [], "verify": False, "channels": 1, "session": bytes(16)}
 _WRONG_FACTS: dict[str, tuple[type[Message], object]] = {
     "not a map": (Hello, [1]),
     "fields missing": (Hello, {"machine": "x"}),
@@ -224,7 +275,11 @@ _WRONG_FACTS: dict[str, tuple[type[Message], object]] = {
     "negative": (PassEnd, {"number": -1}),
     "past 63 bits": (PassEnd, {"number": 1 << 63}),
     "text too long": (Failed, {"reason": "x" * 4097}),
-    "name too long": (Hello, {"machine": "x" * 4097, "blocks": [], "verify": False}),
+    "name too long": (Hello, _HELLO | {"machine": "x" * 4097}),
+    "no channel": (Hello, _HELLO | {"channels": 0}),
+    "more channels than can be had": (Hello, _HELLO | {"channels": 65}),
+    "session too short": (Hello, _HELLO | {"session": bytes(15)}),
+    "session too long": (Join, {"session": bytes(17)}),
     "no process": (Welcome, {"boot_id": "b", "pid": 0, "start_time": 1}),
     "process number past the kernel's": (Welcome, {"boot_id": "b", "pid": 1 << 31, "start_time": 1}),
     "text where bytes belong": (Digests, {"blocks": ["x"]}),
@@ -251,6 +306,7 @@ def test_message_that_no_peer_would_accept_is_not_encoded() -> None:
 
 
 _counts = st.integers(0, _BIG)
+_sessions = st.binary(min_size=16, max_size=16)
 _texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
 
 
@@ -267,13 +323,27 @@ def _run_tables(draw: st.DrawFn, longest: int) -> messages.Runs:
 
 _any_message: st.SearchStrategy[Message] = st.one_of(
     st.builds(
-        Hello, _texts, st.lists(st.builds(BlockInfo, _texts, _counts, _counts), max_size=5).map(tuple), st.booleans()
+        Hello,
+        _texts,
+        st.lists(st.builds(BlockInfo, _texts, _counts, _counts), max_size=5).map(tuple),
+        st.booleans(),
+        st.integers(1, MAX_CHANNELS),
+        _sessions,
     ),
     st.builds(Welcome, _texts, st.integers(1, (1 << 31) - 1), _counts),
     st.builds(Pages, st.integers(0, (1 << 32) - 1), _run_tables(200)),
     st.builds(ZeroPages, st.integers(0, (1 << 32) - 1), _run_tables(1 << 40)),
     st.builds(PassEnd, _counts),
-    st.builds(PassDone, _counts, _counts),
+    st.builds(PassDone, _counts, _counts, _counts, _counts),
+    st.builds(Join, _sessions),
+    st.just(Joined()),
+    st.builds(
+        EncodedPages,
+        st.integers(0, (1 << 32) - 1),
+        _run_tables(200),
+        size=st.integers(1, PAGE_SIZE),
+        difference=st.booleans(),
+    ),
     st.builds(Digests, st.lists(st.binary(max_size=40), max_size=5).map(tuple)),
     st.builds(
         State,

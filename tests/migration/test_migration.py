@@ -1,12 +1,15 @@
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from functools import partial
+from itertools import count
 from pathlib import Path
 
 import pytest
-from support.checkpoints import DESTINATION, SOURCE, Checkpoint, Moment, install
+from support.checkpoints import DESTINATION, SIDE, SOURCE, Checkpoint, Moment, install
 from support.custody import Custody
+from support.economies import Fickle
 from support.fake_machine import RAM_PAGES, ROM_PAGES, FakeMachine
 from support.guests import check_memory, check_runs_on, rounds, same_memory, wait_for_rounds
 from support.waiting import Task, wait_until
@@ -15,7 +18,10 @@ from dirtylog.errors import CancelledError, DirtylogError, RefusedError, UsageEr
 from dirtylog.machine import RunState
 from dirtylog.memory import Client, MemoryListener, MemoryRegionSection
 from dirtylog.migration import IncomingMigration, Listener, OutgoingMigration, Parameters, Status, parse_address
+from dirtylog.migration import lanes as lanes_module
 from dirtylog.migration import outgoing as outgoing_module
+from dirtylog.migration.economy import Way
+from dirtylog.migration.parameters import Compression
 from dirtylog.migration.statistics import ENDED
 from dirtylog.trackers import KVMLogMode
 
@@ -77,6 +83,13 @@ def unix(tmp_path: Path) -> str:
     return f"unix:{tmp_path}/socket"
 
 
+@pytest.fixture(autouse=True)
+def _no_thread_is_left() -> Iterator[None]:
+    yield
+    names = ("channel", "side-channel", "prepare")
+    assert [thread.name for thread in threading.enumerate() if thread.name.startswith(names)] == []
+
+
 @pytest.mark.parametrize("verify", [False, True], ids=["", "verified"])
 @pytest.mark.parametrize("mode", KVMLogMode, ids=lambda mode: mode.value)
 def test_running_guest_moves_and_runs_on(stack: ExitStack, uri: str, mode: KVMLogMode, verify: bool) -> None:
@@ -86,6 +99,74 @@ def test_running_guest_moves_and_runs_on(stack: ExitStack, uri: str, mode: KVMLo
     assert bool(outgoing.statistics.digests) is verify
     assert rounds(destination) >= rounds(source)
     check_memory(source)
+    check_runs_on(destination)
+
+
+class _Fickle(Fickle):
+    """Fickle in all that it is allowed."""
+
+    def __init__(self, ways: tuple[Way, ...]) -> None:
+        super().__init__(ways, next(_SEEDS))
+
+
+_SEEDS = count()
+_MANY = Parameters(channels=3, compression=Compression.AUTO, delta_cache=20 * 4096, verify=True)
+"""All at once; the cache is too small for all pages."""
+
+
+@pytest.fixture
+def fickle(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory so small is always sent plain: here any way is taken."""
+    monkeypatch.setattr(lanes_module, "Economy", _Fickle)
+
+
+@pytest.mark.parametrize("channels", [1, 2, 4])
+@pytest.mark.parametrize("delta_cache", [0, 4096, 1 << 20])
+@pytest.mark.parametrize("compression", Compression)
+@pytest.mark.usefixtures("fickle")
+def test_guest_loses_nothing_whatever_way_its_memory_takes(
+    stack: ExitStack, unix: str, channels: int, compression: Compression, delta_cache: int
+) -> None:
+    parameters = Parameters(
+        downtime_limit=0.0, verify=True, channels=channels, compression=compression, delta_cache=delta_cache
+    )
+    endless = _Endless(stack, unix, parameters)
+    wait_until(lambda: len(endless.outgoing.statistics.passes) > 8, "some more passes were sent")
+    endless.outgoing.parameters = replace(parameters, downtime_limit=1.0)
+    endless.task.join()
+    endless.arrival.join()
+    assert endless.custody.most == 1  # M1
+    statistics = endless.outgoing.statistics
+    ways = {Way.PLAIN, *(_COMPRESSED if compression is Compression.AUTO else ()), *([Way.DELTA] if delta_cache else ())}
+    assert statistics.ways.keys() <= ways
+    assert sum(pages for pages, _ in statistics.ways.values()) == statistics.pages
+    assert endless.outgoing.agreed.channels == channels
+    check_runs_on(endless.destination)
+
+
+_COMPRESSED = (Way.FAST, Way.THOROUGH)
+
+
+@pytest.mark.usefixtures("fickle")
+def test_guest_moves_on_and_back_in_all_ways_at_once(stack: ExitStack, unix: str) -> None:
+    there = _machine(stack, running=True)
+    for _ in range(5):
+        here = _machine(stack)
+        _migrate(there, here, unix, _MANY)
+        check_runs_on(here)
+        there = here
+
+
+@pytest.mark.usefixtures("fickle")
+def test_next_migration_knows_nothing_of_what_the_last_destination_had(stack: ExitStack, unix: str) -> None:  # D7
+    endless = _Endless(stack, unix, replace(_MANY, downtime_limit=0.0))
+    assert endless.outgoing.cancel()
+    assert isinstance(endless.task.error(), CancelledError)
+    destination = _machine(stack)
+    for block in destination.memory.blocks.values():
+        block.array[:] = 0xEE
+    endless.arrival.error()
+    _migrate(endless.source, destination, unix, _MANY)
     check_runs_on(destination)
 
 
@@ -282,18 +363,23 @@ def test_finished_migration_cannot_be_cancelled(stack: ExitStack, unix: str) -> 
     assert outgoing.status is Status.COMPLETED
 
 
+_WHOLE = [point for point in SOURCE + DESTINATION if point.moment is not Moment.WITHIN]
+_CANCELLED = [(point, Parameters(verify=True)) for point in _WHOLE]
+_CANCELLED += [(point, _MANY) for point in (*_WHOLE, *SIDE) if point.moment is not Moment.WITHIN]
+
+
 @pytest.mark.parametrize(
-    "point", [point for point in SOURCE + DESTINATION if point.moment is not Moment.WITHIN], ids=str
+    ("point", "parameters"), _CANCELLED, ids=[f"{point}-{parameters.channels}" for point, parameters in _CANCELLED]
 )
 def test_cancel_at_any_moment_leaves_the_guest_with_one_owner(  # M1, M2
-    stack: ExitStack, unix: str, point: Checkpoint, monkeypatch: pytest.MonkeyPatch
+    stack: ExitStack, unix: str, point: Checkpoint, parameters: Parameters, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(outgoing_module, "_GONE_TIMEOUT", 0.02)
     source, destination = _machine(stack, running=True), _machine(stack)
     custody = Custody(source, destination)
     agreed: list[bool] = []
     with _arrival(destination, unix) as (arrival, address):
-        outgoing = OutgoingMigration(source, parse_address(address), Parameters(verify=True))
+        outgoing = OutgoingMigration(source, parse_address(address), parameters)
         with monkeypatch.context() as patch:
             install(point, lambda: agreed.append(outgoing.cancel()), patch.setattr)
             error = Task(outgoing.run).error()
@@ -305,7 +391,7 @@ def test_cancel_at_any_moment_leaves_the_guest_with_one_owner(  # M1, M2
         assert isinstance(arrived, DirtylogError)
         assert destination.state is RunState.INMIGRATE
         check_runs_on(source)
-        _migrate(source, _machine(stack), unix, Parameters(verify=True))
+        _migrate(source, _machine(stack), unix, parameters)
     else:
         assert error is None
         assert arrived is None

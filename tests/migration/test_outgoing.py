@@ -91,7 +91,18 @@ def test_first_pass_counts_every_page(guest: FakeMachine, recording: Recording, 
     assert statistics.remaining_pages == 0
     assert statistics.bytes > statistics.pages * 4096
     assert 0 < statistics.downtime < outgoing.elapsed == statistics.total_seconds
+    parts = statistics.downtime_parts
+    assert parts is not None
+    assert statistics.downtime == pytest.approx(parts.stop + parts.final_pass + parts.state + parts.handover)
+    assert statistics.downtime_bytes == statistics.passes[-1].bytes
     assert statistics.digests.keys() == {"ram", "rom"}
+
+
+def test_each_pass_is_told_of_when_it_begins(guest: FakeMachine, recording: Recording, tmp_path: Path) -> None:
+    told: list[int | Status] = []
+    with playing_destination(tmp_path, stream(recording.destination)) as uri:
+        OutgoingMigration(guest, parse_address(uri), _VERIFY, observe=told.append, observe_pass=told.append).run()
+    assert told == [Status.SETUP, Status.ACTIVE, 1, Status.DEVICE, 2, Status.COMPLETED]
 
 
 _PIECES = ["preamble", "Welcome", "PassDone", "Ready"]
@@ -136,7 +147,7 @@ _REFUSED: dict[str, tuple[Callable[[tuple[Piece, ...]], tuple[Piece, ...]], type
     "another version": (
         _instead("preamble", Piece("preamble", b"DIRTYLOG\x09\0\0\0")),
         ProtocolError,
-        "the destination speaks version 9 of the migration protocol, this side 1",
+        "the destination speaks version 9 of the migration protocol, this side 2",
     ),
     "not invited": (_instead("Welcome"), ProtocolError, "the destination sent PassDone when OFFERED"),
     "invited twice": (
@@ -150,7 +161,7 @@ _REFUSED: dict[str, tuple[Callable[[tuple[Piece, ...]], tuple[Piece, ...]], type
         "not a Welcome message",
     ),
     "pass that was not sent": (
-        _instead("PassDone", piece(PassDone(7, 0))),
+        _instead("PassDone", piece(PassDone(7, 0, 0, 0))),
         ProtocolError,
         "the destination has pass 7 when pass 1 was sent",
     ),

@@ -8,8 +8,10 @@ from support.streams import fake_machine
 
 from dirtylog.errors import CancelledError, ProtocolError
 from dirtylog.memory import TrackingReason
+from dirtylog.migration import lanes as lanes_module
 from dirtylog.migration import precopy as precopy_module
 from dirtylog.migration.channel import Channel
+from dirtylog.migration.lanes import Lanes, senders
 from dirtylog.migration.messages import Message, Pages, PassDone, PassEnd, ZeroPages, encode
 from dirtylog.migration.parameters import Parameters
 from dirtylog.migration.precopy import Precopy
@@ -32,7 +34,7 @@ class _Destination(Channel):
     def receive(self) -> Message:
         last = self.heard[-1]
         assert isinstance(last, PassEnd), "asked for an answer before the pass was over"
-        return PassDone(last.number if self.number is None else self.number, self.starved_ns)
+        return PassDone(last.number if self.number is None else self.number, self.starved_ns, 0, 0)
 
 
 @dataclass
@@ -46,8 +48,11 @@ class _Sending:
     cancelled: threading.Event = field(default_factory=threading.Event)
 
     def __post_init__(self) -> None:
+        blocks = tuple(self.machine.memory.blocks.values())
+        (sender,) = senders([self.destination], blocks, self.parameters)
+        self.economy = sender.economy
         self.precopy = Precopy(
-            self.machine.memory, self.destination, self.statistics, lambda: self.parameters, self.cancelled
+            self.machine.memory, Lanes([sender]), self.statistics, lambda: self.parameters, self.cancelled
         )
 
 
@@ -158,7 +163,7 @@ def test_only_an_unlimited_link_is_credited_with_time_without_cpu(
 ) -> None:
     """Who keeps to a limit would have waited anyway."""
     monkeypatch.setattr(precopy_module, "_TELLING_SIZE", 100)
-    monkeypatch.setattr(precopy_module, "thread_starved_ns", lambda: 0)
+    monkeypatch.setattr(lanes_module, "thread_starved_ns", lambda: 0)
     monkeypatch.setattr(precopy_module, "time", _Clock())
     sending.parameters = Parameters(max_bandwidth=max_bandwidth)
     sending.precopy.start()
@@ -169,7 +174,7 @@ def test_only_an_unlimited_link_is_credited_with_time_without_cpu(
     sending.precopy.send_pass(paced=True)
     one = sending.statistics.passes[1]
     assert (one.pages, one.seconds, one.starved) == (10, 2.0, 1.0)
-    assert one.bandwidth == share * one.bytes / one.seconds
+    assert one.bandwidth == share * one.pages * PAGE_SIZE / one.seconds
 
 
 def test_estimate_grows_with_what_is_left(sending: _Sending) -> None:
@@ -183,6 +188,29 @@ def test_estimate_grows_with_what_is_left(sending: _Sending) -> None:
     last = sending.statistics.passes[-1]
     assert last.expected_downtime == estimate.downtime
     assert sending.statistics.dirty_rate == last.dirtied / last.seconds
+
+
+def test_estimate_goes_by_the_bandwidth_that_the_switchover_will_have(sending: _Sending) -> None:
+    sending.precopy.start()
+    sending.precopy.send_pass(paced=True)
+    _write(sending, 40)
+    sending.parameters = Parameters(switchover_bandwidth=40 * PAGE_SIZE)
+    assert sending.precopy.estimate().downtime == pytest.approx(0.01 + 1.0)
+    sending.parameters = Parameters()
+    assert sending.precopy.estimate().downtime < 1.0
+
+
+def test_limit_reaches_the_choice_of_ways_while_a_pass_lasts(sending: _Sending) -> None:
+    economy = sending.economy
+    sending.parameters = Parameters(max_bandwidth=1 << 40)
+    sending.precopy.start()
+    sending.precopy.send_pass(paced=True)
+    assert economy.limit == 1 << 40
+    sending.precopy.send_pass(paced=False)
+    _write(sending, 1)
+    sending.precopy.sync()
+    sending.precopy.send_pass(paced=False)
+    assert economy.limit == 0
 
 
 def test_pass_of_a_mebibyte_is_telling() -> None:

@@ -13,9 +13,12 @@ from dirtylog.migration.messages import (
     MESSAGES,
     VERSION,
     Digests,
+    EncodedPages,
     Failed,
     Handover,
     Hello,
+    Join,
+    Joined,
     Message,
     Pages,
     PassDone,
@@ -31,18 +34,21 @@ from dirtylog.migration.protocol import SENDERS, TRANSITIONS, Protocol, Role, St
 
 _RUNS = np.array([[0, 1]], np.int64)
 _EXAMPLES: dict[type[Message], Message] = {
-    Hello: Hello("fake", (), False),
+    Hello: Hello("fake", (), False, 1, bytes(16)),
     Welcome: Welcome("boot", 1, 1),
     Pages: Pages(0, _RUNS),
     ZeroPages: ZeroPages(0, _RUNS),
     PassEnd: PassEnd(1),
-    PassDone: PassDone(1, 0),
+    PassDone: PassDone(1, 0, 0, 0),
     Digests: Digests(()),
     State: State(True, {}),
     Ready: Ready((), 0),
     Handover: Handover(),
     Taken: Taken(),
     Failed: Failed("why"),
+    EncodedPages: EncodedPages(0, _RUNS, size=9, difference=True),
+    Join: Join(bytes(16)),
+    Joined: Joined(),
 }
 
 # What may be said when, by whom, and what it leads to: written out here a second time, on purpose.
@@ -53,8 +59,22 @@ OPENING      destination  Failed     FAILED
 OFFERED      destination  Welcome    STREAMING
 OFFERED      source       Failed     FAILED
 OFFERED      destination  Failed     FAILED
+OPENING      source       Join       JOINING
+JOINING      destination  Joined     SIDE
+JOINING      source       Failed     FAILED
+JOINING      destination  Failed     FAILED
+SIDE         source       Pages      SIDE
+SIDE         source       ZeroPages  SIDE
+SIDE         source       EncodedPages SIDE
+SIDE         source       PassEnd    SIDE_ENDED
+SIDE         source       Failed     FAILED
+SIDE         destination  Failed     FAILED
+SIDE_ENDED   destination  PassDone   SIDE
+SIDE_ENDED   source       Failed     FAILED
+SIDE_ENDED   destination  Failed     FAILED
 STREAMING    source       Pages      STREAMING
 STREAMING    source       ZeroPages  STREAMING
+STREAMING    source       EncodedPages STREAMING
 STREAMING    source       PassEnd    PASS_ENDED
 STREAMING    source       Digests    DIGESTED
 STREAMING    source       State      STATE_SENT
@@ -142,14 +162,22 @@ def test_guest_changes_hands_in_one_order_only() -> None:  # M1
     assert before(Stage.READY) == {Stage.STATE_SENT}
 
 
+def test_side_channel_never_leads_to_the_guest() -> None:  # M1
+    reached, more = set[Stage](), {Stage.SIDE}
+    while more:
+        reached |= more
+        more = {end for (start, _), end in TRANSITIONS.items() if start in reached} - reached
+    assert reached == {Stage.SIDE, Stage.SIDE_ENDED, Stage.FAILED}
+
+
 def test_preamble_is_magic_and_version() -> None:
-    assert Protocol.preamble() == b"DIRTYLOG\x01\x00\x00\x00" == MAGIC + struct.pack("<I", VERSION)
+    assert Protocol.preamble() == b"DIRTYLOG\x02\x00\x00\x00" == MAGIC + struct.pack("<I", VERSION)
 
 
 @pytest.mark.parametrize("role", Role)
 @pytest.mark.parametrize(
     "data",
-    [b"GET / HTTP/1.1\r\n", b"QEVM\x00\x00\x00\x03 padding", b"dirtylog\x01\x00\x00\x00", bytes(12), b"\xff" * 12],
+    [b"GET / HTTP/1.1\r\n", b"QEVM\x00\x00\x00\x03 padding", b"dirtylog\x02\x00\x00\x00", bytes(12), b"\xff" * 12],
 )
 def test_peer_that_speaks_something_else_is_refused(role: Role, data: bytes) -> None:  # M5
     protocol = Protocol(role)
@@ -159,9 +187,9 @@ def test_peer_that_speaks_something_else_is_refused(role: Role, data: bytes) -> 
     assert _other(role).value in caught.value.cause
 
 
-@pytest.mark.parametrize("version", [0, VERSION + 1, 0xFFFF_FFFF])
+@pytest.mark.parametrize("version", [0, 1, VERSION + 1, 0xFFFF_FFFF])
 def test_peer_of_another_version_is_refused(version: int) -> None:  # M5
-    with pytest.raises(ProtocolError, match=f"speaks version {version} of the migration protocol, this side 1"):
+    with pytest.raises(ProtocolError, match=f"speaks version {version} of the migration protocol, this side 2"):
         Protocol(Role.DESTINATION).receive(MAGIC + struct.pack("<I", version))
 
 

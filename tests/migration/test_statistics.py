@@ -1,4 +1,13 @@
-from dirtylog.migration.statistics import ENDED, MOST_PASSES, PassStatistics, Statistics, Status
+from dirtylog.migration.economy import Way
+from dirtylog.migration.statistics import (
+    ENDED,
+    MOST_PASSES,
+    PassStatistics,
+    Statistics,
+    Status,
+    Ways,
+    sum_ways,
+)
 
 
 def test_totals_are_the_sums_of_the_passes() -> None:
@@ -30,7 +39,17 @@ def test_old_passes_are_summed_up_so_that_a_long_migration_stays_small() -> None
         current = statistics.begin_pass()
         assert current.number == number
         current.pages, current.zero_pages, current.bytes = 2, 1, 8200
+        current.ways = {Way.PLAIN: (1, 4100), Way.DELTA: (1, 100)} if number % 2 else {Way.PLAIN: (2, 8200)}
     assert len(statistics.passes) == MOST_PASSES
     assert statistics.pass_count == 3 * MOST_PASSES
     assert (statistics.pages, statistics.zero_pages) == (6 * MOST_PASSES, 3 * MOST_PASSES)
     assert statistics.bytes == 3 * MOST_PASSES * 8200
+    odd = 3 * MOST_PASSES // 2
+    assert statistics.ways == {Way.PLAIN: (3 * odd, (4100 + 8200) * odd), Way.DELTA: (odd, 100 * odd)}
+
+
+def test_ways_are_summed_up_and_stay_as_they_are() -> None:
+    one: Ways = {Way.FAST: (1, 100)}
+    assert sum_ways(one, {Way.PLAIN: (5, 6)}, one) == {Way.FAST: (2, 200), Way.PLAIN: (5, 6)}
+    assert one == {Way.FAST: (1, 100)}
+    assert sum_ways() == {}

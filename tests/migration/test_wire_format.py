@@ -4,19 +4,19 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from dirtylog.migration import channel, outgoing
+from dirtylog.migration import channel, incoming, outgoing
 from dirtylog.migration.messages import (
     HEAD,
     MAGIC,
     MAX_BATCH_PAGES,
     MAX_BODY,
+    MAX_CHANNELS,
     MAX_RUNS,
     MESSAGES,
     PREAMBLE,
     VERSION,
     Failed,
-    Pages,
-    ZeroPages,
+    RunTable,
 )
 from dirtylog.migration.protocol import SENDERS, TRANSITIONS, Role, Stage
 from dirtylog.units import MIB
@@ -64,7 +64,7 @@ def test_page_has_every_field(tables: Tables) -> None:
     fields = {
         kind.__name__: [field.name for field in msgspec.structs.fields(kind)]
         for kind in MESSAGES.values()
-        if not issubclass(kind, Pages | ZeroPages)
+        if not issubclass(kind, RunTable)
     }
     assert in_list == described == fields
 
@@ -83,7 +83,8 @@ def test_page_has_the_limits(tables: Tables) -> None:
     limits = {what: bound for what, bound in tables["what", "at most"]}  # noqa: C416 - rows of any length to the types
     assert limits["length of a body"] == f"{MAX_BODY} bytes"
     assert limits["runs in a table"] == str(MAX_RUNS)
-    assert limits["pages in one `Pages`"] == str(MAX_BATCH_PAGES)
+    assert limits["pages in one `Pages` or `EncodedPages`"] == str(MAX_BATCH_PAGES)
+    assert limits["channels"] == str(MAX_CHANNELS)
 
 
 def test_page_has_preamble_head_and_times(tables: Tables) -> None:
@@ -95,6 +96,8 @@ def test_page_has_preamble_head_and_times(tables: Tables) -> None:
     assert silence["either", "the next byte, until `Welcome`"] == f"{channel.HANDSHAKE_TIMEOUT:.0f} s"
     stall = f"{channel.STALL_TIMEOUT:.0f} s"
     assert silence["source", "a byte to move, in either direction, after `Welcome`"] == stall
+    assert silence["destination", "the first byte of a further channel"] == f"{incoming._JOIN_TIMEOUT:.0f} s"
+    assert f"waits for all of them\nfor {channel.HANDSHAKE_TIMEOUT:.0f} s" in text
     assert silence["source, with `verify`", "`Ready`"].startswith(f"{stall}, and 1 s more for each 200 MiB")
     assert outgoing._SLOW_DIGEST == 200 * MIB
     assert f"waited for {outgoing._GONE_TIMEOUT:.0f} s" in text

@@ -49,6 +49,9 @@ DESTINATION = _points(
 )
 """Every moment of a migration with ``verify``, of a machine that has pages of both kinds."""
 
+SIDE = _points(Role.SOURCE, "Join", "Joined") + _points(Role.DESTINATION, "Joined", "Join")
+"""What is more with several channels."""
+
 
 def install(checkpoint: Checkpoint, act: Callable[[], None], patch: Callable[[type, str, object], None]) -> None:
     """Have ``act`` called when the side of a checkpoint, in this process, gets there.

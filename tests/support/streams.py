@@ -83,7 +83,7 @@ class PairListener(Listener):
     def __init__(self, sock: socket.socket) -> None:
         self._sock = sock
 
-    def accept(self) -> Channel:
+    def accept(self, timeout: float | None = None, *, unless: Channel | None = None) -> Channel:
         return Channel(self._sock, Role.DESTINATION)
 
     def abort(self) -> None:

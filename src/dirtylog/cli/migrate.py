@@ -13,10 +13,10 @@ from rich.live import Live
 
 from dirtylog.cli.migration_report import progress_line, progress_table, report
 from dirtylog.cli.options import DURATION, RATE, SIZE
-from dirtylog.control.commands import MigrationInfo
+from dirtylog.control.migration_info import MigrationInfo
 from dirtylog.control.qmp import QMPClient
 from dirtylog.errors import CancelledError, PeerError, ProtocolError, UsageError
-from dirtylog.migration import Parameters, parse_address
+from dirtylog.migration import Compression, Parameters, parse_address
 
 _POLL_SECONDS: Final = 0.1
 _ENDED: Final = frozenset({"completed", "failed", "cancelled"})
@@ -40,10 +40,42 @@ _ENDED: Final = frozenset({"completed", "failed", "cancelled"})
     show_default=True,
     help="Clear the dirty log in chunks of this size, each right before its first page is read.",
 )
+@click.option("--channels", type=int, default=1, show_default=True, help="Send memory on so many connections at once.")
+@click.option(
+    "--compression",
+    type=click.Choice([each.value for each in Compression]),
+    default=Compression.AUTO.value,
+    show_default=True,
+    help="Whether to compress memory, batch by batch, where that saves time.",
+)
+@click.option(
+    "--delta-cache",
+    type=SIZE,
+    default="64M",
+    show_default=True,
+    help="Keep so much of what was sent, and send what changed, where that saves time; 0 for none.",
+)
+@click.option(
+    "--switchover-bandwidth",
+    type=RATE,
+    default=0,
+    help="What the link will carry at the switchover, for the estimate of the downtime. As measured unless given.",
+)
 @click.option("--verify", is_flag=True, help="Compare a digest of all memory on both sides before the guest moves.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON, and no progress.")
 def command(
-    qmp_path: str, uri: str, max_downtime: float, bandwidth: int, clear_chunk: int, verify: bool, as_json: bool
+    *,
+    qmp_path: str,
+    uri: str,
+    max_downtime: float,
+    bandwidth: int,
+    clear_chunk: int,
+    channels: int,
+    compression: str,
+    delta_cache: int,
+    switchover_bandwidth: int,
+    verify: bool,
+    as_json: bool,
 ) -> None:
     """Migrate the guest whose QMP socket is QMP_PATH to the process that waits at URI.
 
@@ -52,7 +84,14 @@ def command(
     """
     parse_address(uri)
     parameters = Parameters(
-        downtime_limit=max_downtime, max_bandwidth=bandwidth, clear_chunk=clear_chunk, verify=verify
+        downtime_limit=max_downtime,
+        max_bandwidth=bandwidth,
+        switchover_bandwidth=switchover_bandwidth,
+        clear_chunk=clear_chunk,
+        verify=verify,
+        channels=channels,
+        compression=Compression(compression),
+        delta_cache=delta_cache,
     )
     console = Console(quiet=as_json, highlight=False, markup=False, emoji=False)
     with QMPClient(qmp_path) as qmp, _interrupts() as interrupted:
@@ -84,12 +123,22 @@ def _begin(qmp: QMPClient, uri: str, parameters: Parameters) -> None:
             f"the guest is being migrated already ({earlier.status})",
             remedy="wait for that migration to end, or cancel it with migrate_cancel over QMP",
         )
+    differences = {"xbzrle_cache_size": parameters.delta_cache} if parameters.delta_cache else {}
     qmp.execute(
         "migrate-set-parameters",
         downtime_limit=round(parameters.downtime_limit * 1000),
         max_bandwidth=parameters.max_bandwidth,
+        avail_switchover_bandwidth=parameters.switchover_bandwidth,
+        multifd_channels=parameters.channels,
+        multifd_compression="none" if parameters.compression is Compression.NONE else "zstd",
         x_clear_chunk=parameters.clear_chunk,
         x_verify=parameters.verify,
+        **differences,
+    )
+    on = {"multifd": parameters.channels > 1, "xbzrle": bool(parameters.delta_cache)}
+    qmp.execute(
+        "migrate-set-capabilities",
+        capabilities=[{"capability": name, "state": state} for name, state in on.items()],
     )
     qmp.execute("migrate", uri=uri)
 

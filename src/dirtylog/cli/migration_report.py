@@ -1,17 +1,27 @@
 """How a migration is shown, from what query-migrate says."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Final
 
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from dirtylog.control.commands import MigrationInfo, PassInfo
+from dirtylog.control.migration_info import DowntimePartsInfo, MigrationInfo, PassInfo, WayInfo
 from dirtylog.units import format_duration, format_rate, format_size
 
 _COLUMNS: Final = ("pass", "pages", "zero", "time", "bandwidth", "dirtied", "expected\ndowntime")
 """They fit into 80 characters with the numbers of a guest of hundreds of GiB."""
+
+
+_PLAIN: Final = "plain"
+_WORDS: Final = {
+    _PLAIN: "they are",
+    "fast": "zstd, fast",
+    "thorough": "zstd, thorough",
+    "delta": "differences",
+}
+"""What is said of each way of sending."""
 
 
 def progress_table(info: MigrationInfo) -> RenderableType:
@@ -49,6 +59,10 @@ def report(info: MigrationInfo) -> RenderableType:
     if info.x_downtime_us is not None:
         totals.insert(1, ("downtime", format_duration(info.x_downtime_us / 1e6)))
     parts: list[RenderableType] = [_passes(info.x_passes), Text(), _facts(*totals)]
+    if info.x_downtime_parts is not None:
+        parts += [Text("\nthe downtime went by as"), _facts(*_downtime_parts(info.x_downtime_parts))]
+    if info.x_ways.keys() - {_PLAIN}:
+        parts += [Text("\npages with contents were sent"), _ways(info.x_ways)]
     if info.x_digests is not None and info.x_verify_us is not None:
         seconds = format_duration(info.x_verify_us / 1e6)
         parts.append(Text(f"\nmemory is equal on both sides; comparing it took {seconds} besides"))
@@ -72,6 +86,27 @@ def _passes(passes: Sequence[PassInfo]) -> Table:
             "" if final else f"{one.dirtied:,}",
             "" if expected is None else format_duration(expected),
         )
+    return table
+
+
+def _downtime_parts(parts: DowntimePartsInfo) -> list[tuple[str, str]]:
+    microseconds = {
+        "  stopping vCPUs": parts.stop,
+        "  final pass": parts.final_pass,
+        "  state": parts.state,
+        "  handover and start": parts.handover,
+    }
+    return [(name, format_duration(value / 1e6)) for name, value in microseconds.items()]
+
+
+def _ways(ways: Mapping[str, WayInfo]) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    table.add_column("  as")
+    for name in ("pages", "bytes", "saved"):
+        table.add_column(name, justify="right")
+    for name, way in ways.items():
+        words = Text(f"  {_WORDS.get(name, name)}")
+        table.add_row(words, f"{way.pages:,}", format_size(way.bytes), format_size(way.saved))
     return table
 
 

@@ -2,12 +2,13 @@
 
 import contextlib
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from enum import Enum
 from queue import SimpleQueue
 from typing import Any, Final
 
+from dirtylog.control.settings import Capability, Settings
 from dirtylog.display import WriteSampler
 from dirtylog.errors import DirtylogError, HostError, UsageError
 from dirtylog.machine import Machine, RunState
@@ -16,7 +17,6 @@ from dirtylog.migration import (
     IncomingMigration,
     Listener,
     OutgoingMigration,
-    Parameters,
     Status,
     parse_address,
 )
@@ -44,18 +44,20 @@ class Controller:
     Attributes:
         machine: what it controls.
         sampler: tells which pages it writes.
-        parameters: of the migration under way and of later ones.
+        settings: of the migration under way and of later ones.
         outgoing: the last migration away from here, or None.
         migration_observers: told each new status of a migration away from here.
+        pass_observers: told the number of each pass of one.
         shutdown_observers: told by `wait` why it returns.
     """
 
     def __init__(self, machine: Machine) -> None:
         self.machine = machine
         self.sampler = WriteSampler(machine.memory)
-        self.parameters = Parameters()
+        self.settings = Settings()
         self.outgoing: OutgoingMigration | None = None
         self.migration_observers: list[Callable[[Status], None]] = []
+        self.pass_observers: list[Callable[[int], None]] = []
         self.shutdown_observers: list[Callable[[ShutdownCause], None]] = []
         self._lock = threading.Lock()
         self._threads: list[threading.Thread] = []
@@ -115,7 +117,9 @@ class Controller:
 
         with self._lock:
             self._check_migratable()
-            outgoing = OutgoingMigration(self.machine, address, self.parameters, observe=observe)
+            outgoing = OutgoingMigration(
+                self.machine, address, self.settings.effective, observe=observe, observe_pass=self._pass_began
+            )
             self.outgoing = outgoing
             self._start("migration", lambda: _send(outgoing))
         begun.wait()
@@ -129,12 +133,27 @@ class Controller:
         """Change some of the parameters, of a migration under way too.
 
         Raises:
-            UsageError: a value is out of range; nothing has changed then.
+            UsageError: a value is out of range, or too late for the migration under way; nothing has changed then.
         """
         with self._lock:
-            self.parameters = replace(self.parameters, **changes)
+            settings = self.settings.with_parameters(**changes)
+            if self._is_migrating:
+                self.settings.check_change(settings)
+            self.settings = settings
             if self.outgoing is not None:
-                self.outgoing.parameters = self.parameters
+                self.outgoing.parameters = settings.effective
+
+    def change_capabilities(self, changes: Mapping[Capability, bool]) -> None:
+        """Switch some capabilities on or off, for later migrations.
+
+        Raises:
+            UsageError: a migration is under way.
+        """
+        with self._lock:
+            if self._is_migrating:
+                raise UsageError("a migration is under way", remedy="wait for it, or cancel it with migrate_cancel")
+            on = {capability for capability, state in changes.items() if state}
+            self.settings = replace(self.settings, capabilities=self.settings.capabilities - changes.keys() | on)
 
     def receive(self, listener: Listener) -> None:
         """Wait for a machine to arrive here; `wait` raises if that fails."""
@@ -143,8 +162,16 @@ class Controller:
             self._incoming = incoming
             self._start("incoming-migration", lambda: self._take_over(incoming))
 
+    @property
+    def _is_migrating(self) -> bool:
+        return self.outgoing is not None and not self.outgoing.ended
+
+    def _pass_began(self, number: int) -> None:
+        for observer in tuple(self.pass_observers):
+            observer(number)
+
     def _check_migratable(self) -> None:
-        if self.outgoing is not None and not self.outgoing.ended:
+        if self._is_migrating:
             raise UsageError("a migration is under way", remedy="wait for it, or cancel it with migrate_cancel")
         if self.machine.state is RunState.INMIGRATE:
             raise UsageError("the guest has not arrived here yet", remedy="wait for the incoming migration to end")

@@ -183,20 +183,20 @@ class MemfdMapping(_Mapped):
 
         For memory that is about to be filled: one fault and one clearing instead of 512, an order of magnitude faster.
         The policy for shared memory (shmem_enabled) does not matter to MADV_COLLAPSE, but it does not look at a range
-        of which nothing is present: so one page is touched first.
+        of which nothing is present: so one page is populated first. Contents stay, whoever writes them meanwhile.
 
         Returns:
             Whether there is a huge page now. If not, nothing is lost.
         """
         if not self._has_huge_pages or start + HUGE_PAGE_SIZE > self.size:
             return False
-        self.array[start] = 0
-        if _libc.madvise(self.address + start, HUGE_PAGE_SIZE, _MADV_COLLAPSE) == 0:
-            return True
-        # EAGAIN and ENOMEM pass: no huge page is free now. Anything else will not get better: an old kernel, or one
-        # built without huge pages for shared memory.
-        self._has_huge_pages = ctypes.get_errno() in (errno.EAGAIN, errno.ENOMEM)
-        return False
+        for size, advice in ((PAGE_SIZE, _MADV_POPULATE_WRITE), (HUGE_PAGE_SIZE, _MADV_COLLAPSE)):
+            if _libc.madvise(self.address + start, size, advice) == -1:
+                # EAGAIN and ENOMEM pass: no huge page is free now. Anything else will not get better: an old kernel, or
+                # one built without huge pages for shared memory.
+                self._has_huge_pages = ctypes.get_errno() in (errno.EAGAIN, errno.ENOMEM)
+                return False
+        return True
 
     def punch(self, start: int, size: int) -> None:
         """Turn [start, start + size) into a hole: it reads as zeros and takes no memory."""

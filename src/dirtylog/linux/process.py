@@ -91,12 +91,16 @@ def _start_time(pid: int) -> int:
     return int(stat.rpartition(")")[2].split()[_STAT_START_TIME])
 
 
-def thread_starved_ns() -> int:
-    """For how long the calling thread, in its life, was ready to run but had no CPU, in nanoseconds.
+def thread_starved_ns(thread: int | None = None) -> int:
+    """For how long a thread, in its life, was ready to run but had no CPU, in nanoseconds.
 
     The second field of schedstat (Documentation/scheduler/sched-stats.rst); 0 where the kernel keeps none.
+
+    Args:
+        thread: the native ID of one of this process; the calling one unless given.
     """
+    name = "thread-self" if thread is None else f"self/task/{thread}"
     try:
-        return int(Path("/proc/thread-self/schedstat").read_text().split()[1])
-    except FileNotFoundError:
+        return int(Path(f"/proc/{name}/schedstat").read_text().split()[1])
+    except (FileNotFoundError, ProcessLookupError):
         return 0

@@ -33,15 +33,26 @@ class Wakeup:
 
 
 class Waiter:
-    """Waits for one file, or for a wake-up, whichever comes first."""
+    """Waits for one file, or for a wake-up, whichever comes first.
 
-    def __init__(self, fd: int, wakeup: Wakeup) -> None:
+    Args:
+        fd: of the file.
+        wakeup: the flag.
+        also: of files that end the wait, too, when they can be read.
+    """
+
+    def __init__(self, fd: int, wakeup: Wakeup, *also: int) -> None:
         self._fd: Final = fd
         self._poll: Final = select.poll()
         self._poll.register(fd, 0)
-        self._poll.register(wakeup, select.POLLIN)
+        for other in (wakeup.fileno(), *also):
+            self._poll.register(other, select.POLLIN)
 
-    def wait(self, *, read: bool = False, write: bool = False, timeout: float | None = None) -> None:
-        """Wait until the file can be read or written, its peer is gone, the flag is set, or time is up."""
+    def wait(self, *, read: bool = False, write: bool = False, timeout: float | None = None) -> bool:
+        """Wait until the file can be read or written, its peer is gone, the flag is set, or time is up.
+
+        Returns:
+            Whether anything happened before time was up.
+        """
         self._poll.modify(self._fd, (select.POLLIN if read else 0) | (select.POLLOUT if write else 0))
-        self._poll.poll(None if timeout is None else max(0.0, timeout * 1000))
+        return bool(self._poll.poll(None if timeout is None else max(0.0, timeout * 1000)))

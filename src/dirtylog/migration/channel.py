@@ -1,10 +1,10 @@
 """The sockets of a migration: the only module that does its I/O."""
 
+import contextlib
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Final, Self, TypeVar
 
 from dirtylog.errors import CancelledError, DirtylogError, DisconnectedError, HostError, ProtocolError, RefusedError
@@ -12,7 +12,7 @@ from dirtylog.linux.socketfile import SocketFile
 from dirtylog.linux.sockets import keep_alive, set_buffers, set_timeouts
 from dirtylog.linux.wakeup import Waiter, Wakeup
 from dirtylog.migration.address import Address, TCPAddress, UnixAddress
-from dirtylog.migration.messages import Failed, Message
+from dirtylog.migration.messages import MAX_CHANNELS, Failed, Message
 from dirtylog.migration.protocol import Protocol, Role
 from dirtylog.units import MIB
 
@@ -94,9 +94,24 @@ class Channel:
         message = self.receive()
         if isinstance(message, kind):
             return message
+        raise self._unexpected(message, f"instead of {kind.__name__}")
+
+    def check_quiet(self) -> None:
+        """Find out, without waiting, whether the peer still waits for us.
+
+        Raises:
+            DisconnectedError: it is gone.
+            RefusedError: it gives up, and says why.
+            ProtocolError: it says something else.
+        """
+        with contextlib.suppress(BlockingIOError):
+            self._socket.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+            raise self._unexpected(self.receive(), "before its time")
+
+    def _unexpected(self, message: Message, when: str) -> RefusedError | ProtocolError:
         if isinstance(message, Failed):
-            raise RefusedError(f"the {self.peer} gave up: {message.reason}")
-        raise ProtocolError(f"the {self.peer} sent {type(message).__name__} instead of {kind.__name__}")
+            return RefusedError(f"the {self.peer} gave up: {message.reason}")
+        return ProtocolError(f"the {self.peer} sent {type(message).__name__} {when}")
 
     def receive_into(self, buffers: list[memoryview]) -> None:
         """Fill buffers, straight from the socket."""
@@ -120,6 +135,20 @@ class Channel:
         except OSError:  # the peer was quicker; or closed here already, which is as good
             return
 
+    def stop_receiving(self) -> None:
+        """Make every `receive` fail, in whichever thread it waits. Something can still be sent."""
+        try:
+            self._socket.shutdown(socket.SHUT_RD)
+        except OSError:  # the peer was quicker
+            return
+
+    def stop_sending(self) -> None:
+        """Make every `send` fail, in whichever thread it waits. What the peer said before can still be received."""
+        try:
+            self._socket.shutdown(socket.SHUT_WR)
+        except OSError:  # the peer was quicker
+            return
+
     def last_words(self) -> RefusedError | None:
         """After the connection failed: what the peer may have said before it ended, as an error."""
         if self._aborted:
@@ -130,6 +159,10 @@ class Channel:
         except DirtylogError:  # nothing, or nothing whole
             return None
         return RefusedError(f"the {self.peer} gave up: {message.reason}") if isinstance(message, Failed) else None
+
+    def fileno(self) -> int:
+        """The socket's descriptor."""
+        return self._socket.fileno()
 
     def finish(self) -> None:
         """Say no more, and let the peer read what was said: bytes that arrive meanwhile are thrown away.
@@ -149,7 +182,7 @@ class Channel:
         """Close the socket; idempotent."""
         self._socket.close()
 
-    @contextmanager
+    @contextlib.contextmanager
     def _io(self) -> Iterator[None]:
         try:
             yield
@@ -236,18 +269,28 @@ class Listener:
             raise
         self._aborted = False
 
-    def accept(self) -> Channel:
-        """Wait for a source.
+    def accept(self, timeout: float | None = None, *, unless: Channel | None = None) -> Channel:
+        """Wait for a source, for some seconds or for ever.
+
+        Args:
+            timeout: seconds.
+            unless: a channel that ends the wait when its peer says something, or is gone.
 
         Raises:
             CancelledError: `abort` was called.
+            DisconnectedError: none came before that.
         """
-        waiter = Waiter(self._socket.fileno(), self._wakeup)
+        waiter = Waiter(self._socket.fileno(), self._wakeup, *(() if unless is None else (unless.fileno(),)))
+        deadline = None if timeout is None else time.monotonic() + timeout
         while not self._aborted:
-            waiter.wait(read=True)
+            left = None if deadline is None else deadline - time.monotonic()
+            if not waiter.wait(read=True, timeout=left):
+                raise DisconnectedError(f"nobody connected within {timeout:.0f} s")
             try:
                 sock, _ = self._socket.accept()
             except (BlockingIOError, ConnectionAbortedError):
+                if unless is not None and not self._aborted:
+                    raise DisconnectedError("nobody connected") from None
                 continue
             sock.setblocking(True)
             return Channel(sock, Role.DESTINATION)
@@ -274,7 +317,7 @@ def _listen_tcp(address: TCPAddress) -> socket.socket:
         family, _, _, _, where = socket.getaddrinfo(
             address.host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
-        sock = socket.create_server(where[:2], family=family, backlog=1)
+        sock = socket.create_server(where[:2], family=family, backlog=MAX_CHANNELS)
     except OSError as error:
         raise HostError(
             f"cannot listen at {address}: {error.strerror or error}",

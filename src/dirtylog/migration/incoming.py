@@ -1,32 +1,45 @@
 """The destination of a migration."""
 
 import contextlib
+import hmac
 import threading
 import time
+from collections.abc import Iterator, Sequence
+from typing import Final
 
-from dirtylog.errors import CancelledError, DirtylogError, DisconnectedError, ProtocolError, RefusedError, UsageError
-from dirtylog.linux.process import ProcessName, thread_starved_ns
+from dirtylog.errors import (
+    CancelledError,
+    DirtylogError,
+    DisconnectedError,
+    PeerError,
+    ProtocolError,
+    RefusedError,
+    UsageError,
+)
+from dirtylog.linux.process import ProcessName
 from dirtylog.machine import Machine, RunState
-from dirtylog.migration.channel import Channel, Listener
+from dirtylog.migration.channel import HANDSHAKE_TIMEOUT, Channel, Listener
 from dirtylog.migration.digest import block_digest
+from dirtylog.migration.filler import Filler, SideFiller
 from dirtylog.migration.messages import (
     BlockInfo,
     Digests,
     Failed,
     Handover,
     Hello,
-    Message,
-    Pages,
-    PassDone,
-    PassEnd,
+    Join,
+    Joined,
     Ready,
     State,
     Taken,
     Welcome,
-    ZeroPages,
 )
+from dirtylog.migration.prepare import Preparer
 from dirtylog.migration.ram import IncomingRAM
 from dirtylog.units import PAGE_SIZE, format_size
+
+_JOIN_TIMEOUT: Final = 3.0
+"""Seconds that a connection is given to say that it is one of the source's further channels."""
 
 
 class IncomingMigration:
@@ -34,7 +47,7 @@ class IncomingMigration:
 
     Args:
         machine: held in state ``inmigrate`` until it is handed over.
-        listener: where the source will connect. Closed once one has: nobody else is taken in.
+        listener: where the source will connect. Closed once all its channels have: nobody else is taken in.
     """
 
     def __init__(self, machine: Machine, listener: Listener) -> None:
@@ -45,10 +58,10 @@ class IncomingMigration:
         self._verify = False
         self._digests: tuple[bytes, ...] = ()
         self._verify_ns = 0
-        self._starved = 0
         self._lock = threading.Lock()
         self._aborted = False
-        self._channel: Channel | None = None
+        self._channels: list[Channel] = []
+        self._preparer = Preparer(self._blocks)
         machine.hold(RunState.INMIGRATE)
 
     def abort(self) -> None:
@@ -56,8 +69,8 @@ class IncomingMigration:
         with self._lock:
             self._aborted = True
             self._listener.abort()
-            if self._channel is not None:
-                self._channel.abort()
+            for channel in self._channels:
+                channel.abort()
 
     def run(self) -> None:
         """Wait for a source and take its machine over. When this returns, the guest is here, and runs if it did there.
@@ -65,9 +78,10 @@ class IncomingMigration:
         Raises:
             DirtylogError: it failed. The guest was not started here, and the machine cannot be used any more.
         """
+        self._preparer.start()
         try:
             with self._listener.accept() as channel:
-                self._listener.close()
+                self._preparer.stop()
                 self._adopt(channel)
                 self._converse(channel)
         except DisconnectedError as error:
@@ -75,10 +89,14 @@ class IncomingMigration:
                 f"{error.cause}; the guest was not handed over and is not started here",
                 remedy="start this side again, then the migration",
             ) from error
+        finally:
+            self._listener.close()
+            self._preparer.stop()
+            self._preparer.join()
 
     def _adopt(self, channel: Channel) -> None:
         with self._lock:
-            self._channel = channel
+            self._channels.append(channel)
             if self._aborted:
                 channel.abort()
 
@@ -90,23 +108,49 @@ class IncomingMigration:
             raise
 
     def _receive(self, channel: Channel) -> None:
-        self._welcome(channel, channel.expect(Hello))
-        channel.set_timeout(0)
-        self._starved = thread_starved_ns()
-        while True:
-            message = channel.receive()
-            if isinstance(message, State):
-                break
-            self._take(channel, message)
-        self._load(message)
+        hello = channel.expect(Hello)
+        self._welcome(channel, hello)
+        with self._side_channels(channel, hello) as sides:
+            channel.set_timeout(0)
+            message = self._fill(channel, sides)
+        state = self._compare(channel, message) if isinstance(message, Digests) else message
+        self._load(state)
         channel.send(Ready(self._digests, self._verify_ns))
         channel.expect(Handover)
         with self._lock:
-            self._channel = None
+            self._channels.clear()
         # The source has let go for good: if it is gone by now, the guest runs here all the same.
         with contextlib.suppress(CancelledError, DisconnectedError):
             channel.send(Taken())
-        self._machine.release(RunState.RUNNING if message.running else RunState.PAUSED)
+        self._machine.release(RunState.RUNNING if state.running else RunState.PAUSED)
+
+    def _fill(self, channel: Channel, sides: Sequence[SideFiller]) -> Digests | State:
+        """Take what comes on the main channel, until memory is complete."""
+        filler = Filler(channel, self._ram)
+        while not isinstance(message := channel.receive(), Digests | State):
+            filler.take(message)
+            for side in sides:
+                side.check()
+        return message
+
+    @contextlib.contextmanager
+    def _side_channels(self, main: Channel, hello: Hello) -> Iterator[list[SideFiller]]:
+        """The further channels of a source, each with a thread of its own, until memory is complete.
+
+        A source that keeps to the protocol has nothing more to say there then. Whatever one says, it does not reach
+        memory any more: it has been compared by then, or is about to run.
+        """
+        fillers: list[SideFiller] = []
+        try:
+            while len(fillers) < hello.channels - 1:
+                fillers.append(SideFiller(self._accept_side(main, hello.session), self._ram, self._side_failed))
+            self._listener.close()
+            yield fillers
+        finally:
+            for filler in fillers:
+                filler.close()
+            for filler in fillers:  # what went wrong there explains what went wrong here
+                filler.check()
 
     def _welcome(self, channel: Channel, hello: Hello) -> None:
         own = tuple(BlockInfo(block.name, block.size, PAGE_SIZE) for block in self._blocks)
@@ -124,21 +168,31 @@ class IncomingMigration:
         name = ProcessName.own()
         channel.send(Welcome(name.boot_id, name.pid, name.start_time))
 
-    def _take(self, channel: Channel, message: Message) -> None:
-        if isinstance(message, Pages):
-            channel.receive_into(self._ram.place(message))
-        elif isinstance(message, ZeroPages):
-            self._ram.zero(message)
-        elif isinstance(message, PassEnd):
-            starved = thread_starved_ns()
-            channel.send(PassDone(message.number, starved - self._starved))
-            self._starved = starved
-        elif isinstance(message, Digests):
-            self._compare(message)
-        elif isinstance(message, Failed):
-            raise RefusedError(f"the source gave up: {message.reason}")
+    def _accept_side(self, main: Channel, session: bytes) -> Channel:
+        """The next connection that names the session. Others are turned away, as long as the source can wait."""
+        deadline = time.monotonic() + HANDSHAKE_TIMEOUT
+        while (left := deadline - time.monotonic()) > 0:
+            main.check_quiet()
+            # Whatever is wrong with a connection, it need not be the source's.
+            with contextlib.suppress(PeerError), contextlib.ExitStack() as stack:
+                side = stack.enter_context(self._listener.accept(left, unless=main))
+                self._adopt(side)
+                side.set_timeout(_JOIN_TIMEOUT)
+                if hmac.compare_digest(side.expect(Join).session, session):
+                    side.send(Joined())
+                    side.set_timeout(0)
+                    stack.pop_all()
+                    return side
+        raise ProtocolError("the source's further channels did not come", remedy="see who else connects here")
 
-    def _compare(self, digests: Digests) -> None:
+    def _side_failed(self) -> None:
+        """Wake the main channel's thread, which raises the error when the side channels are closed."""
+        with self._lock:
+            for channel in self._channels[:1]:
+                channel.stop_receiving()
+
+    def _compare(self, channel: Channel, digests: Digests) -> State:
+        """Compare memory with the source's; the state, which comes next."""
         if not self._verify:
             raise ProtocolError("the source sent digests that were not agreed on")
         began = time.monotonic_ns()
@@ -146,6 +200,7 @@ class IncomingMigration:
         self._verify_ns = time.monotonic_ns() - began
         if self._digests != digests.blocks:
             raise ProtocolError("memory differs from the source's at the switchover")
+        return channel.expect(State)
 
     def _load(self, state: State) -> None:
         if self._verify and not self._digests:

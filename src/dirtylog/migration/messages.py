@@ -15,7 +15,7 @@ import numpy.typing as npt
 from dirtylog.errors import ProtocolError
 from dirtylog.units import PAGE_SIZE
 
-VERSION: Final = 1
+VERSION: Final = 2
 MAGIC: Final = b"DIRTYLOG"
 PREAMBLE: Final = struct.Struct("<8sI")
 """Each side's first bytes: magic, version. Everything after them belongs to that version."""
@@ -29,14 +29,20 @@ MAX_BATCH_PAGES: Final = 4096
 MAX_RUNS: Final = 1 << 16
 """The most runs in one table; zero runs may be long, but a table stays at 1 MiB."""
 
+MAX_CHANNELS: Final = 64
+"""The most connections of one migration."""
+
 Runs = npt.NDArray[np.int64]
 """Page runs, shape (n, 2): first page and count, ascending and disjoint."""
 
 _RUN_TABLE: Final = struct.Struct("<II")
+_ENCODING: Final = struct.Struct("<II")
+"""What follows the runs of encoded pages: size of the payload, and 1 if it holds differences, else 0."""
 _WIRE_RUNS: Final = np.dtype("<i8")
 
 ShortText = Annotated[str, msgspec.Meta(max_length=4096)]
 Count = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
+Session = Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]
 ProcessID = Annotated[int, msgspec.Meta(ge=1, le=(1 << 31) - 1)]
 
 
@@ -49,12 +55,17 @@ class BlockInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Hello(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Source: what is coming. ``verify``: digests are compared at the switchover."""
+    """Source: what is coming. ``verify``: digests are compared at the switchover.
+
+    ``channels``: how many connections there will be, this one included; the others name the ``session``.
+    """
 
     TYPE: ClassVar[int] = 1
     machine: ShortText
     blocks: tuple[BlockInfo, ...]
     verify: bool
+    channels: Annotated[int, msgspec.Meta(ge=1, le=MAX_CHANNELS)]
+    session: Session
 
 
 class Welcome(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -74,11 +85,17 @@ class PassEnd(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class PassDone(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Destination: a pass is in memory. ``starved_ns``: how long its thread was ready to run but had no CPU in it."""
+    """Destination: a pass is in memory.
+
+    ``starved_ns``: how long its thread was ready to run but had no CPU in it. ``decode_ns``: how long it took to decode
+    the pass's ``decoded`` bytes of memory, and to put them in place.
+    """
 
     TYPE: ClassVar[int] = 6
     number: Count
     starved_ns: Count
+    decoded: Count
+    decode_ns: Count
 
 
 class Digests(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -126,6 +143,19 @@ class Failed(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     reason: Annotated[str, msgspec.Meta(max_length=4096)]
 
 
+class Join(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Source: this connection is one more of the session's channels, for memory only."""
+
+    TYPE: ClassVar[int] = 14
+    session: Session
+
+
+class Joined(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Destination: the channel is taken in."""
+
+    TYPE: ClassVar[int] = 15
+
+
 class _RunTable:
     """Runs of pages of one block, by its number in `Hello`."""
 
@@ -153,6 +183,13 @@ class _RunTable:
         """How many pages the runs have."""
         return int(self.runs[:, 1].sum())
 
+    @property
+    def numbers(self) -> npt.NDArray[np.int64]:
+        """Their numbers, ascending."""
+        first, count = self.runs[:, 0], self.runs[:, 1]
+        before = np.cumsum(count) - count
+        return np.repeat(first - before, count) + np.arange(self.pages)
+
 
 class Pages(_RunTable):
     """Source: pages whose contents follow the frame."""
@@ -166,6 +203,35 @@ class Pages(_RunTable):
         return self.pages * PAGE_SIZE
 
 
+class EncodedPages(_RunTable):
+    """Source: pages whose contents follow the frame in ``size`` bytes: one zstd frame.
+
+    ``difference``: it holds the exclusive or of the new contents with those that the destination has.
+    """
+
+    TYPE: ClassVar[int] = 13
+    __slots__ = ("difference", "size")
+
+    def __init__(self, block: int, runs: Runs, *, size: int, difference: bool) -> None:
+        super().__init__(block, runs)
+        self.size = size
+        self.difference = difference
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, EncodedPages)
+            and super().__eq__(other)
+            and (self.size, self.difference) == (other.size, other.difference)
+        )
+
+    __hash__ = None
+
+    @property
+    def payload_size(self) -> int:
+        """The bytes that follow."""
+        return self.size
+
+
 class ZeroPages(_RunTable):
     """Source: pages that are all zero."""
 
@@ -173,13 +239,16 @@ class ZeroPages(_RunTable):
     __slots__ = ()
 
 
-Packed = Hello | Welcome | PassEnd | PassDone | Digests | State | Ready | Handover | Taken | Failed
-Message = Packed | Pages | ZeroPages
+Packed = Hello | Welcome | PassEnd | PassDone | Digests | State | Ready | Handover | Taken | Failed | Join | Joined
+RunTable = Pages | ZeroPages | EncodedPages
+Message = Packed | RunTable
 
 _PACKED: Final = {
-    kind.TYPE: kind for kind in (Hello, Welcome, PassEnd, PassDone, Digests, State, Ready, Handover, Taken, Failed)
+    kind.TYPE: kind
+    for kind in (Hello, Welcome, PassEnd, PassDone, Digests, State, Ready, Handover, Taken, Failed, Join, Joined)
 }
-MESSAGES: Final[dict[int, type[Message]]] = {**_PACKED, Pages.TYPE: Pages, ZeroPages.TYPE: ZeroPages}
+_RUN_TABLES: Final = {kind.TYPE: kind for kind in (Pages, ZeroPages, EncodedPages)}
+MESSAGES: Final[dict[int, type[Message]]] = {**_PACKED, **_RUN_TABLES}
 
 _encoder: Final = msgspec.msgpack.Encoder()
 _decoders: Final = {kind: msgspec.msgpack.Decoder(kind) for kind in _PACKED.values()}
@@ -187,8 +256,10 @@ _decoders: Final = {kind: msgspec.msgpack.Decoder(kind) for kind in _PACKED.valu
 
 def encode(message: Message) -> bytes:
     """A message's frame."""
-    if isinstance(message, Pages | ZeroPages):
+    if isinstance(message, RunTable):
         body = _RUN_TABLE.pack(message.block, len(message.runs)) + message.runs.astype(_WIRE_RUNS).tobytes()
+        if isinstance(message, EncodedPages):
+            body += _ENCODING.pack(message.size, message.difference)
     else:
         body = _encoder.encode(message)
     if len(body) > MAX_BODY:
@@ -217,15 +288,38 @@ def decode_body(kind: type[Message], body: bytes) -> Message:
     Raises:
         ProtocolError: it is none.
     """
+    if issubclass(kind, EncodedPages):
+        return _decode_encoded(body)
     if issubclass(kind, Pages | ZeroPages):
-        return _decode_runs(kind, body)
+        message = kind(*_decode_runs(body))
+        if isinstance(message, Pages):
+            _check_batch(message)
+        return message
     try:
         return cast("Packed", _decoders[kind].decode(body))
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise ProtocolError(f"the stream is corrupt: not a {kind.__name__} message ({error})") from error
 
 
-def _decode_runs(kind: type[Pages] | type[ZeroPages], body: bytes) -> Pages | ZeroPages:
+def _decode_encoded(body: bytes) -> EncodedPages:
+    table, encoding = body[: -_ENCODING.size], body[-_ENCODING.size :]
+    if len(encoding) < _ENCODING.size:
+        raise ProtocolError(f"the stream is corrupt: encoded pages described by {len(body)} bytes")
+    size, difference = _ENCODING.unpack(encoding)
+    block, runs = _decode_runs(table)
+    message = EncodedPages(block, runs, size=size, difference=bool(difference))
+    _check_batch(message)
+    if difference > 1 or not 0 < size <= message.pages * PAGE_SIZE:
+        raise ProtocolError(f"the stream is corrupt: {message.pages} pages encoded as {size} bytes, kind {difference}")
+    return message
+
+
+def _check_batch(message: Pages | EncodedPages) -> None:
+    if message.pages > MAX_BATCH_PAGES:
+        raise ProtocolError(f"the stream is corrupt: {message.pages} pages in one message")
+
+
+def _decode_runs(body: bytes) -> tuple[int, Runs]:
     if len(body) < _RUN_TABLE.size:
         raise ProtocolError(f"the stream is corrupt: a table of page runs of {len(body)} bytes")
     block, count = _RUN_TABLE.unpack_from(body)
@@ -236,7 +330,4 @@ def _decode_runs(kind: type[Pages] | type[ZeroPages], body: bytes) -> Pages | Ze
     # Both below 2**52, so that no sum or product of them here or later can overflow.
     if runs.min() < 0 or runs.max() >= 1 << 52 or not pages.all() or (first[1:] < (first + pages)[:-1]).any():
         raise ProtocolError("the stream is corrupt: page runs are empty, negative, out of order or overlap")
-    message = kind(block, runs)
-    if isinstance(message, Pages) and message.pages > MAX_BATCH_PAGES:
-        raise ProtocolError(f"the stream is corrupt: {message.pages} pages in one message")
-    return message
+    return block, runs

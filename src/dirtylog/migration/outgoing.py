@@ -10,9 +10,11 @@ destination says that it gave up, or if the destination's process is known to ha
 are on one host. Otherwise the guest stays stopped here and the operator, who can look at the destination, decides.
 """
 
+import os
 import threading
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Final
 
 from dirtylog.errors import CancelledError, DirtylogError, DisconnectedError, InDoubtError, ProtocolError, RefusedError
@@ -21,15 +23,18 @@ from dirtylog.machine import Machine, RunState
 from dirtylog.migration.address import Address
 from dirtylog.migration.channel import STALL_TIMEOUT, Channel, connect
 from dirtylog.migration.digest import block_digest
-from dirtylog.migration.messages import BlockInfo, Digests, Handover, Hello, Ready, State, Taken, Welcome
+from dirtylog.migration.lanes import Lanes, senders
+from dirtylog.migration.messages import BlockInfo, Digests, Handover, Hello, Join, Joined, Ready, State, Taken, Welcome
 from dirtylog.migration.parameters import Parameters
 from dirtylog.migration.precopy import Precopy
-from dirtylog.migration.statistics import ENDED, Statistics, Status
+from dirtylog.migration.statistics import ENDED, DowntimeParts, Statistics, Status
 from dirtylog.migration.switchover import should_switch_over
 from dirtylog.units import MIB, PAGE_SIZE
 
 StatusObserver = Callable[[Status], None]
 """Told each new status, in the migration's thread or in that of `OutgoingMigration.cancel`."""
+PassObserver = Callable[[int], None]
+"""Told the number of each pass that begins, in the migration's thread."""
 
 _GONE_TIMEOUT: Final = 2.0
 _SLOW_DIGEST: Final = 200 * MIB
@@ -40,28 +45,37 @@ class OutgoingMigration:
     """Moves a machine away while it runs. `run` does it in the calling thread; the rest may be used from any.
 
     Attributes:
-        parameters: may be replaced at any time; a new clear chunk or ``verify`` comes too late once it began.
+        parameters: may be replaced at any time; what is in `Parameters.AGREED` counts as it was at the beginning.
+        agreed: the parameters as they were when it began.
         status: how it stands.
         statistics: what it has done.
         error: why it failed, if it did.
     """
 
     def __init__(
-        self, machine: Machine, address: Address, parameters: Parameters, *, observe: StatusObserver | None = None
+        self,
+        machine: Machine,
+        address: Address,
+        parameters: Parameters,
+        *,
+        observe: StatusObserver | None = None,
+        observe_pass: PassObserver | None = None,
     ) -> None:
         self.parameters = parameters
+        self.agreed = parameters
         self.status = Status.NONE
         self.statistics = Statistics(total_bytes=sum(block.size for block in machine.memory.blocks.values()))
         self.error: DirtylogError | None = None
         self._machine = machine
         self._address = address
         self._observe = observe
+        self._observe_pass = observe_pass
         self._lock = threading.Lock()
         self._cancelled = threading.Event()
         self._let_go = False
         self._came_back = False
-        self._verify = False
-        self._channel: Channel | None = None
+        self._session = os.urandom(16)
+        self._channels: list[Channel] = []
         self._began = time.monotonic()
 
     @property
@@ -84,8 +98,8 @@ class OutgoingMigration:
             if self._let_go or self.ended:
                 return False
             self._cancelled.set()
-            if self._channel is not None:
-                self._channel.abort()
+            for channel in self._channels:
+                channel.abort()
             self._set_status(Status.CANCELLING)
             return True
 
@@ -100,11 +114,10 @@ class OutgoingMigration:
         self._began = time.monotonic()
         try:
             self._enter(Status.SETUP)
-            with self._connected() as channel:
-                try:
-                    self._migrate(channel)
-                finally:
-                    self._disown_channel()
+            try:
+                self._migrate(self._connected())
+            finally:
+                self._close_channels()
         except BaseException as error:
             failure = self._failed(error)
             if failure is error or not isinstance(error, Exception):
@@ -127,15 +140,17 @@ class OutgoingMigration:
         self._end(Status.CANCELLED if cancelled else Status.FAILED)
         return failure
 
-    def _disown_channel(self) -> None:
-        """Before it is closed: from then on its descriptor's number may be another's."""
+    def _close_channels(self) -> None:
+        """Disown them before: from then on their descriptors' numbers may be others'."""
         with self._lock:
-            self._channel = None
+            channels, self._channels = self._channels, []
+        for channel in channels:
+            channel.close()
 
     def _connected(self) -> Channel:
         channel = connect(self._address)
         with self._lock:
-            self._channel = channel
+            self._channels.append(channel)
             if self._cancelled.is_set():
                 channel.abort()
         return channel
@@ -143,27 +158,49 @@ class OutgoingMigration:
     def _migrate(self, channel: Channel) -> None:
         try:
             destination = self._agree(channel)
-            channel.set_timeout(STALL_TIMEOUT)
+            channels = [channel, *(self._joined() for _ in range(1, self.agreed.channels))]
+            for each in channels:
+                each.set_timeout(STALL_TIMEOUT)
             self.statistics.setup_seconds = time.monotonic() - self._began
-            precopy = Precopy(self._machine.memory, channel, self.statistics, lambda: self.parameters, self._cancelled)
-            try:
-                self._send_while_running(precopy)
-                self._switch_over(channel, precopy, destination)
-            finally:
-                precopy.stop()
+            self._send_all(channels, destination)
         except DisconnectedError as error:
             if isinstance(error, InDoubtError):
                 raise
             raise channel.last_words() or error from error
 
+    def _joined(self) -> Channel:
+        """One more channel."""
+        channel = self._connected()
+        channel.send(Join(self._session))
+        channel.expect(Joined)
+        return channel
+
+    def _send_all(self, channels: list[Channel], destination: ProcessName) -> None:
+        blocks = tuple(self._machine.memory.blocks.values())
+        lanes = Lanes(senders(channels, blocks, self.agreed))
+        precopy = Precopy(self._machine.memory, lanes, self.statistics, lambda: self.parameters, self._cancelled)
+        try:
+            self._send_while_running(precopy)
+            self._switch_over(channels[0], precopy, destination)
+        except BaseException:
+            if len(channels) > 1:  # their threads may wait for the destination, which may have last words
+                for each in channels:
+                    each.stop_sending()
+            raise
+        finally:
+            precopy.stop()
+            lanes.close()
+
     def _agree(self, channel: Channel) -> ProcessName:
         blocks = self._machine.memory.blocks.values()
-        self._verify = self.parameters.verify
+        self.agreed = self.parameters
         channel.send(
             Hello(
                 self._machine.kind,
                 tuple(BlockInfo(block.name, block.size, PAGE_SIZE) for block in blocks),
-                self._verify,
+                self.agreed.verify,
+                self.agreed.channels,
+                self._session,
             )
         )
         welcome = channel.expect(Welcome)
@@ -173,28 +210,39 @@ class OutgoingMigration:
         self._enter(Status.ACTIVE)
         precopy.start()
         while True:
-            precopy.send_pass(paced=True)
+            self._send_pass(precopy, paced=True)
             if should_switch_over(precopy.estimate(), self.parameters.downtime_limit):
                 return
+
+    def _send_pass(self, precopy: Precopy, *, paced: bool) -> None:
+        if self._observe_pass is not None:
+            self._observe_pass(self.statistics.pass_count + 1)
+        precopy.send_pass(paced=paced)
 
     def _switch_over(self, channel: Channel, precopy: Precopy, destination: ProcessName) -> None:
         """Stop the guest, send the rest, hand over.
 
         Whatever goes wrong before the guest is let go brings it back; after that only proof that it is nowhere else.
         """
-        stopped = time.monotonic()
+        moments = [time.monotonic()]
         before = self._machine.hold(RunState.FINISH_MIGRATE)
         try:
+            moments.append(time.monotonic())
             self._enter(Status.DEVICE)
             precopy.sync(last_stage=True)
-            precopy.send_pass(paced=False)
+            self._send_pass(precopy, paced=False)
+            self.statistics.downtime_bytes = self.statistics.passes[-1].bytes
+            moments.append(time.monotonic())
             self._send_state(channel, running=before is RunState.RUNNING)
+            moments.append(time.monotonic() - self.statistics.verify_seconds)
             self._hand_over(channel, destination)
         except BaseException:
             gone = self._let_go and not self._came_back
             self._machine.release(RunState.POSTMIGRATE if gone else before)
             raise
-        self.statistics.downtime = time.monotonic() - stopped - self.statistics.verify_seconds
+        moments.append(time.monotonic() - self.statistics.verify_seconds)
+        self.statistics.downtime = moments[-1] - moments[0]
+        self.statistics.downtime_parts = DowntimeParts(*(end - start for start, end in pairwise(moments)))
         self._machine.release(RunState.POSTMIGRATE)
 
     def _send_state(self, channel: Channel, *, running: bool) -> None:
@@ -202,7 +250,7 @@ class OutgoingMigration:
         blocks = self._machine.memory.blocks.values()
         digests: tuple[bytes, ...] = ()
         asked = 0.0
-        if self._verify:
+        if self.agreed.verify:
             began = time.monotonic()
             digests = tuple(block_digest(block) for block in blocks)
             asked = time.monotonic()
@@ -213,7 +261,7 @@ class OutgoingMigration:
         ready = channel.expect(Ready)
         if ready.digests != digests:
             raise RefusedError("the destination's memory differs from the source's at the switchover")
-        if self._verify:  # the destination cannot have compared for longer than we waited, whatever it says
+        if self.agreed.verify:  # the destination cannot have compared for longer than we waited, whatever it says
             self.statistics.verify_seconds += min(ready.verify_ns / 1e9, time.monotonic() - asked)
         self.statistics.digests = dict(zip((block.name for block in blocks), digests, strict=False))
 

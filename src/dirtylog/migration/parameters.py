@@ -1,40 +1,68 @@
 """What a user may set about a migration."""
 
 from dataclasses import dataclass
+from enum import Enum
+from typing import ClassVar, Final
 
 from dirtylog.errors import UsageError
-from dirtylog.units import MIB
+from dirtylog.migration.messages import MAX_CHANNELS
+from dirtylog.units import MIB, PAGE_SIZE
 
-MAX_DOWNTIME_LIMIT = 2000.0
+MAX_DOWNTIME_LIMIT: Final = 2000.0
 """QEMU's upper bound, in seconds."""
+
+
+class Compression(Enum):
+    """Whether contents may be compressed."""
+
+    NONE = "none"
+    AUTO = "auto"
 
 
 @dataclass(frozen=True, slots=True)
 class Parameters:
-    """Immutable; a running migration is given a new one.
+    """Immutable; a running migration is given a new one, which may differ in all but `AGREED`.
 
     Attributes:
         downtime_limit: how long the guest may stand still at the switchover, in seconds. About 11 ms of it are set
             aside for what is not memory: with less, the guest is stopped only once nothing is dirty.
         max_bandwidth: bytes a second while the guest runs; 0 for no limit. At the switchover there is none.
+        switchover_bandwidth: bytes a second that the switchover will have, for the estimate of the downtime; 0 to go by
+            what was measured.
         clear_chunk: bytes whose log is cleared at once, right before the first of its pages is read; rounded up to
             whole 64-page words.
         verify: compare a digest of every block at the switchover. That takes time with the guest stopped, which is
             reported apart from the downtime.
+        channels: parallel connections.
+        compression: whether zstd may be used where it saves time.
+        delta_cache: bytes of copies kept of what was sent, so that what changed a little is sent as a difference, where
+            that saves time; 0 for none.
 
     Raises:
         UsageError: a value is out of range.
     """
 
+    AGREED: ClassVar = frozenset({"clear_chunk", "verify", "channels", "compression", "delta_cache"})
+    """What cannot change any more once a migration has begun."""
+
     downtime_limit: float = 0.3
     max_bandwidth: int = 0
+    switchover_bandwidth: int = 0
     clear_chunk: int = 128 * MIB
     verify: bool = False
+    channels: int = 1
+    compression: Compression = Compression.NONE
+    delta_cache: int = 0
 
     def __post_init__(self) -> None:
         if not 0 <= self.downtime_limit <= MAX_DOWNTIME_LIMIT:
             raise UsageError(f"a downtime limit of {self.downtime_limit} s", remedy="it may be 0 to 2000 s")
-        if not 0 <= self.max_bandwidth < 1 << 63:
-            raise UsageError(f"a bandwidth of {self.max_bandwidth} bytes a second", remedy="0 means no limit")
+        for bandwidth, zero in ((self.max_bandwidth, "no limit"), (self.switchover_bandwidth, "as measured")):
+            if not 0 <= bandwidth < 1 << 63:
+                raise UsageError(f"a bandwidth of {bandwidth} bytes a second", remedy=f"0 means {zero}")
         if not 1 <= self.clear_chunk < 1 << 63:
             raise UsageError(f"a clear chunk of {self.clear_chunk} bytes", remedy="128M is usual")
+        if not 1 <= self.channels <= MAX_CHANNELS:
+            raise UsageError(f"{self.channels} channels", remedy=f"1 to {MAX_CHANNELS} can be had")
+        if self.delta_cache and not PAGE_SIZE <= self.delta_cache < 1 << 63:
+            raise UsageError(f"a cache of {self.delta_cache} bytes", remedy="64M is usual; 0 means none")

@@ -5,17 +5,16 @@ import time
 from collections.abc import Callable
 from typing import Final
 
-from dirtylog.errors import ProtocolError, UsageError
-from dirtylog.linux.process import thread_starved_ns
+from dirtylog.errors import UsageError
 from dirtylog.memory import Memory, TrackingReason
-from dirtylog.migration.channel import Channel
-from dirtylog.migration.messages import PassDone, PassEnd
+from dirtylog.migration.lanes import Lanes
 from dirtylog.migration.pacer import Pacer
 from dirtylog.migration.parameters import Parameters
 from dirtylog.migration.ram import Batch, DirtyRAM
-from dirtylog.migration.statistics import PassStatistics, Statistics
+from dirtylog.migration.sender import Sent
+from dirtylog.migration.statistics import PassStatistics, Statistics, sum_ways
 from dirtylog.migration.switchover import Estimate, link_bandwidth
-from dirtylog.units import MIB
+from dirtylog.units import MIB, PAGE_SIZE
 
 _FIXED_DOWNTIME: Final = 0.01
 """What a switchover takes besides the pages: stopping vCPUs, saving, sending and loading state. A few milliseconds."""
@@ -28,7 +27,7 @@ class Precopy:
 
     Args:
         memory: of the machine.
-        channel: to the destination, which has agreed.
+        lanes: to the destination, which has agreed.
         statistics: kept up to date.
         parameters: asked anew for each decision.
         cancelled: ends a pass with CancelledError.
@@ -37,13 +36,13 @@ class Precopy:
     def __init__(
         self,
         memory: Memory,
-        channel: Channel,
+        lanes: Lanes,
         statistics: Statistics,
         parameters: Callable[[], Parameters],
         cancelled: threading.Event,
     ) -> None:
         self._memory = memory
-        self._channel = channel
+        self._lanes = lanes
         self._statistics = statistics
         self._parameters = parameters
         self._paced = True
@@ -83,45 +82,48 @@ class Precopy:
     def send_pass(self, *, paced: bool) -> None:
         """Send everything that is dirty, and wait until the destination has it."""
         current = self._statistics.begin_pass()
-        began, starved = time.monotonic(), thread_starved_ns()
+        began = time.monotonic()
         self._paced = paced
+        self._lanes.begin_pass()
         for block in self._blocks:
             for batch in block.batches():
-                self._pacer.pace(self._send(batch, current))
+                self._lanes.limit(self._limit())
+                self._count(batch, current)
+                self._pacer.pace(self._note(self._lanes.send(batch), current))
                 current.seconds = time.monotonic() - began
-        current.bytes += self._channel.send(PassEnd(current.number))
-        done = self._channel.expect(PassDone)
-        if done.number != current.number:
-            raise ProtocolError(f"the destination has pass {done.number} when pass {current.number} was sent")
+        sent, current.starved = self._lanes.end_pass(current.number)
+        self._pacer.pace(self._note(sent, current))
         current.seconds = time.monotonic() - began
-        current.starved = max(thread_starved_ns() - starved, done.starved_ns) / 1e9
         # Under a limit, threads that get their CPU late only wait less for the limit.
-        bandwidth = link_bandwidth(current.bytes, current.seconds, 0 if self._limit() else current.starved)
-        telling = current.bytes >= _TELLING_SIZE
+        contents = current.pages * PAGE_SIZE
+        bandwidth = link_bandwidth(contents, current.seconds, 0 if self._limit() else current.starved)
+        telling = contents >= _TELLING_SIZE
         self._bandwidth = current.bandwidth = bandwidth if telling else max(bandwidth, self._bandwidth)
 
     def _limit(self) -> int:
         """Bytes a second; 0 for no limit."""
         return self._parameters().max_bandwidth if self._paced else 0
 
-    def _send(self, batch: Batch, current: PassStatistics) -> int:
-        sent = 0
-        if batch.zeros is not None:
-            sent += self._channel.send(batch.zeros)
-            current.zero_pages += batch.zeros.pages
-            self._statistics.remaining_pages -= batch.zeros.pages
-        if batch.pages is not None:
-            sent += self._channel.send(batch.pages, batch.memory)
-            current.pages += batch.pages.pages
-            self._statistics.remaining_pages -= batch.pages.pages
-        current.bytes += sent
-        return sent
+    def _count(self, batch: Batch, current: PassStatistics) -> None:
+        zeros, pages = (0 if table is None else table.pages for table in (batch.zeros, batch.pages))
+        current.zero_pages += zeros
+        current.pages += pages
+        self._statistics.remaining_pages -= zeros + pages
+
+    def _note(self, sent: Sent, current: PassStatistics) -> int:
+        current.bytes += sent.bytes
+        current.ways = sum_ways(current.ways, sent.ways)
+        self._statistics.found += sent.found
+        self._statistics.missed += sent.missed
+        self._statistics.overflowed += sent.overflowed
+        return sent.bytes
 
     def estimate(self) -> Estimate:
         """Find out what was written during the last pass, and what stopping now would mean."""
         current = self._statistics.passes[-1]
         current.dirtied = self.sync()
         self._statistics.dirty_rate = current.dirtied / current.seconds if current.seconds else 0.0
-        estimate = Estimate(self._statistics.remaining_pages, self._bandwidth, _FIXED_DOWNTIME)
+        bandwidth = self._parameters().switchover_bandwidth or self._bandwidth
+        estimate = Estimate(self._statistics.remaining_pages, bandwidth, _FIXED_DOWNTIME)
         current.expected_downtime = estimate.downtime
         return estimate

@@ -7,7 +7,7 @@ sender of half of the messages. A message that the table does not allow is an er
 
     OPENING      Hello      → OFFERED        source says what is coming
     OFFERED      Welcome    → STREAMING      destination agrees
-    STREAMING    Pages, ZeroPages            memory
+    STREAMING    Pages, EncodedPages, ZeroPages  memory
     STREAMING    PassEnd    → PASS_ENDED     ... of one pass
     PASS_ENDED   PassDone   → STREAMING      destination has it all
     STREAMING    Digests    → DIGESTED       if they were agreed on
@@ -16,7 +16,12 @@ sender of half of the messages. A message that the table does not allow is an er
     STATE_SENT   Ready      → READY          destination could run it
     READY        Handover   → HANDED_OVER    source let go
     HANDED_OVER  Taken      → TAKEN          destination runs it
-    any before   Failed     → FAILED         nobody goes on
+    OPENING      Join       → JOINING        one more channel, for memory only
+    JOINING      Joined     → SIDE
+    SIDE         Pages, EncodedPages, ZeroPages
+    SIDE         PassEnd    → SIDE_ENDED
+    SIDE_ENDED   PassDone   → SIDE
+    any of them  Failed     → FAILED         nobody goes on
 """
 
 from enum import Enum, auto
@@ -29,9 +34,12 @@ from dirtylog.migration.messages import (
     PREAMBLE,
     VERSION,
     Digests,
+    EncodedPages,
     Failed,
     Handover,
     Hello,
+    Join,
+    Joined,
     Message,
     Pages,
     PassDone,
@@ -66,14 +74,18 @@ class Stage(Enum):
     READY = auto()
     HANDED_OVER = auto()
     TAKEN = auto()
+    JOINING = auto()
+    SIDE = auto()
+    SIDE_ENDED = auto()
     FAILED = auto()
 
+
+_MEMORY: Final = (Pages, EncodedPages, ZeroPages)
 
 TRANSITIONS: Final[dict[tuple[Stage, type[Message]], Stage]] = {
     (Stage.OPENING, Hello): Stage.OFFERED,
     (Stage.OFFERED, Welcome): Stage.STREAMING,
-    (Stage.STREAMING, Pages): Stage.STREAMING,
-    (Stage.STREAMING, ZeroPages): Stage.STREAMING,
+    **{(Stage.STREAMING, kind): Stage.STREAMING for kind in _MEMORY},
     (Stage.STREAMING, PassEnd): Stage.PASS_ENDED,
     (Stage.PASS_ENDED, PassDone): Stage.STREAMING,
     (Stage.STREAMING, Digests): Stage.DIGESTED,
@@ -82,15 +94,17 @@ TRANSITIONS: Final[dict[tuple[Stage, type[Message]], Stage]] = {
     (Stage.STATE_SENT, Ready): Stage.READY,
     (Stage.READY, Handover): Stage.HANDED_OVER,
     (Stage.HANDED_OVER, Taken): Stage.TAKEN,
+    (Stage.OPENING, Join): Stage.JOINING,
+    (Stage.JOINING, Joined): Stage.SIDE,
+    **{(Stage.SIDE, kind): Stage.SIDE for kind in _MEMORY},
+    (Stage.SIDE, PassEnd): Stage.SIDE_ENDED,
+    (Stage.SIDE_ENDED, PassDone): Stage.SIDE,
     **{(stage, Failed): Stage.FAILED for stage in Stage if stage not in (Stage.TAKEN, Stage.FAILED)},
 }
 
 SENDERS: Final[dict[type[Message], frozenset[Role]]] = {
-    **dict.fromkeys(
-        (Hello, Pages, ZeroPages, PassEnd, Digests, State, Handover),
-        frozenset({Role.SOURCE}),
-    ),
-    **dict.fromkeys((Welcome, PassDone, Ready, Taken), frozenset({Role.DESTINATION})),
+    **dict.fromkeys((Hello, *_MEMORY, PassEnd, Digests, State, Handover, Join), frozenset({Role.SOURCE})),
+    **dict.fromkeys((Welcome, PassDone, Ready, Taken, Joined), frozenset({Role.DESTINATION})),
     Failed: frozenset(Role),
 }
 
@@ -98,8 +112,8 @@ SENDERS: Final[dict[type[Message], frozenset[Role]]] = {
 class Protocol:
     """One side's view of the conversation.
 
-    To send, hand a message to `send` and put the bytes it returns on the wire, followed by the payload for `Pages`. To
-    receive, read exactly `wanted` bytes and hand them to `receive`, until it returns a message; after `Pages` the
+    To send, hand a message to `send` and put the bytes it returns on the wire, followed by the payload of `Pages` and
+    `EncodedPages`. To receive, read exactly `wanted` bytes and hand them to `receive`, until it returns a message; the
     payload, which never passes through here, comes before the next frame.
 
     Attributes:

@@ -9,7 +9,8 @@ import numpy.typing as npt
 
 from dirtylog.errors import ProtocolError
 from dirtylog.memory import ClearChunks, MemoryRegion, PageBitmap, RAMBlock
-from dirtylog.migration.messages import Pages, Runs, ZeroPages
+from dirtylog.migration.encoding import decompress
+from dirtylog.migration.messages import EncodedPages, Pages, Runs, RunTable, ZeroPages
 from dirtylog.units import HUGE_PAGE_SIZE, PAGE_SIZE
 
 BATCH_PAGES: Final = 1024
@@ -133,6 +134,20 @@ class IncomingRAM:
         for first, end in zip(firsts // _HUGE_PAGES, -(-ends // _HUGE_PAGES), strict=True):
             touched[first:end] = True
 
+    def decode(self, message: EncodedPages, data: bytearray) -> None:
+        """Put encoded contents where they belong.
+
+        Raises:
+            ProtocolError: the message names memory that is not there, or the data are not what it says.
+        """
+        block = self._checked(message)
+        rows, numbers = decompress(data, message.pages), message.numbers
+        if message.difference:
+            block.page_words[numbers] ^= rows
+        else:
+            self._prepare(block, self._touched[message.block], message.runs)
+            block.page_words[numbers] = rows
+
     def zero(self, message: ZeroPages) -> None:
         """Make pages zero, whatever they held, by making them holes (M4).
 
@@ -144,7 +159,7 @@ class IncomingRAM:
             for start, end in block.mapping.extents(first * PAGE_SIZE, (first + count) * PAGE_SIZE):
                 block.mapping.punch(start, end - start)
 
-    def _checked(self, message: Pages | ZeroPages) -> RAMBlock:
+    def _checked(self, message: RunTable) -> RAMBlock:
         if message.block >= len(self._blocks):
             raise ProtocolError(f"the stream is corrupt: pages of block {message.block} of {len(self._blocks)}")
         block = self._blocks[message.block]

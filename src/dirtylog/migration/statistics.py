@@ -4,6 +4,11 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Final
 
+from dirtylog.migration.economy import Way
+
+Ways = dict[Way, tuple[int, int]]
+"""Pages with contents, and bytes they took on the wire, by the way they were sent. Never changed, but replaced."""
+
 
 class Status(Enum):
     """How a migration stands, in QEMU's words."""
@@ -16,6 +21,23 @@ class Status(Enum):
     FAILED = "failed"
     CANCELLING = "cancelling"
     CANCELLED = "cancelled"
+
+
+@dataclass(frozen=True, slots=True)
+class DowntimeParts:
+    """What the guest stood still for at the switchover, in seconds and in this order.
+
+    Attributes:
+        stop: until its vCPUs stood still.
+        final_pass: finding and sending the pages that were dirty then.
+        state: saving, sending and loading all but memory.
+        handover: until the destination said that it starts the guest.
+    """
+
+    stop: float
+    final_pass: float
+    state: float
+    handover: float
 
 
 MOST_PASSES: Final = 100
@@ -34,7 +56,8 @@ class PassStatistics:
         seconds: until the destination had it all; so far, while it lasts.
         starved: for how much of that one side had work but no CPU.
         dirtied: pages found dirty afterwards.
-        bandwidth: bytes a second that the last pass would get, see `switchover.link_bandwidth`.
+        ways: pages with contents, and bytes they took on the wire, by the way they were sent.
+        bandwidth: bytes of memory a second that the last pass would get, see `switchover.link_bandwidth`.
         expected_downtime: had the guest been stopped after it.
     """
 
@@ -47,6 +70,7 @@ class PassStatistics:
     dirtied: int = 0
     bandwidth: float = 0.0
     expected_downtime: float = 0.0
+    ways: Ways = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -62,6 +86,11 @@ class Statistics:
         setup_seconds: until the destination agreed.
         total_seconds: from start to end; 0 until then.
         downtime: the guest stood still for this long at the switchover; 0 if it never did. Without `verify_seconds`.
+        downtime_parts: what it stood still for; None if it never did.
+        downtime_bytes: sent meanwhile, as far as memory goes.
+        found: pages of which the destination's copy was known, where copies are kept.
+        missed: pages of which it was not.
+        overflowed: pages whose differences were no shorter than their contents.
         verify_seconds: computing digests took both sides this long in sequence.
         digests: block name → digest, equal on both sides; empty unless asked for.
     """
@@ -74,6 +103,11 @@ class Statistics:
     setup_seconds: float = 0.0
     total_seconds: float = 0.0
     downtime: float = 0.0
+    downtime_parts: DowntimeParts | None = None
+    downtime_bytes: int = 0
+    found: int = 0
+    missed: int = 0
+    overflowed: int = 0
     verify_seconds: float = 0.0
     digests: dict[str, bytes] = field(default_factory=dict)
 
@@ -85,6 +119,7 @@ class Statistics:
             self.forgotten.pages += oldest.pages
             self.forgotten.zero_pages += oldest.zero_pages
             self.forgotten.bytes += oldest.bytes
+            self.forgotten.ways = sum_ways(self.forgotten.ways, oldest.ways)
         self.passes.append(current)
         return current
 
@@ -107,3 +142,18 @@ class Statistics:
     def bytes(self) -> int:
         """Bytes sent."""
         return self.forgotten.bytes + sum(one.bytes for one in self.passes)
+
+    @property
+    def ways(self) -> Ways:
+        """Pages with contents, and bytes they took, by the way they were sent."""
+        return sum_ways(*(one.ways for one in (self.forgotten, *self.passes)))
+
+
+def sum_ways(*parts: Ways) -> Ways:
+    """What was sent in each way, in all."""
+    total: Ways = {}
+    for part in parts:
+        for way, (pages, size) in part.items():
+            old_pages, old_size = total.get(way, (0, 0))
+            total[way] = old_pages + pages, old_size + size
+    return total
