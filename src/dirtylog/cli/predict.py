@@ -126,7 +126,7 @@ def command(
 
 def _recorded(path: str, contents: int | None) -> Workload:
     trace = TraceReader(path)
-    return _workload(trace.blocks, trace.stored, trace, contents)
+    return build_workload(trace.blocks, trace.stored, trace, contents)
 
 
 def _watch(target: str, seconds: float, interval: float, contents: int | None) -> Workload:
@@ -139,7 +139,7 @@ def _watch(target: str, seconds: float, interval: float, contents: int | None) -
         qmp = stack.enter_context(QMPClient(find_qmp(target)))
         interrupted = stack.enter_context(interrupts())
         watch = stack.enter_context(RemoteWatch(qmp))
-        return _workload(watch.blocks, watch.stored, _samples(watch, seconds, interval, interrupted), contents)
+        return build_workload(watch.blocks, watch.stored, _samples(watch, seconds, interval, interrupted), contents)
 
 
 def _samples(watch: RemoteWatch, seconds: float, interval: float, interrupted: Event) -> Iterator[Watched]:
@@ -153,10 +153,17 @@ def _samples(watch: RemoteWatch, seconds: float, interval: float, interrupted: E
             bar.update(round((time.monotonic() - began) * 1000) - bar.pos)
 
 
-def _workload(
-    blocks: Mapping[str, int], stored: Mapping[str, int], samples: Iterable[Watched], contents: int | None
+def build_workload(
+    blocks: Mapping[str, int], stored: Mapping[str, int], samples: Iterable[Watched], contents: int | None = None
 ) -> Workload:
-    """The blocks one after the other."""
+    """What was watched, for a forecast: the blocks one after the other.
+
+    Args:
+        blocks: how many pages each has, by name.
+        stored: how many of them have contents.
+        samples: of them, in order.
+        contents: bytes that have contents instead.
+    """
     pages = sum(blocks.values())
     offsets = dict(zip(blocks, itertools.accumulate(blocks.values(), initial=0), strict=False))
     found = tuple(_sample(one, offsets) for one in samples if one.seconds > 0)
