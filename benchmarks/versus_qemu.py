@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # benchmarks/ is n
 from benchmarks.support.bare import SCHEMES
 from benchmarks.support.measure import Run, Setup, measure
 from benchmarks.support.peers import QEMU, Dirtylog, Peer, Terms
-from benchmarks.support.report import Host, encode, line, table
+from benchmarks.support.report import Host, encode, line, tables
 from benchmarks.support.script import run_script
 from benchmarks.support.workloads import Idle, Rounds, Workload
 from dirtylog.cli.options import DURATION, SIZE
@@ -137,7 +137,7 @@ def command(
             file.write(encode(host, options, results))
     if json_path != "-":
         console = Console(highlight=False, width=None if sys.stdout.isatty() else _FILE_WIDTH)
-        console.print(table(results, ("QEMU", "dirtylog")))
+        console.print(tables(results, ("QEMU", "dirtylog")))
         console.print(str(host), soft_wrap=True)
 
 

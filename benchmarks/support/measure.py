@@ -5,24 +5,24 @@ import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
 from typing import Any, Final
 
-from msgspec import Struct
-from msgspec.structs import replace
+from msgspec import Struct, structs
 
 from benchmarks.support.bare import BareCopies, copy
-from benchmarks.support.forecast import forecast, observe
+from benchmarks.support.forecast import Observation, observe, scenario_of
 from benchmarks.support.guest import Files, Guest, started
 from benchmarks.support.peers import Launch, Peer, Terms
-from benchmarks.support.usage import CPUTime, ResidentMemory, stolen
+from benchmarks.support.usage import CPUTime, ResidentMemory, stolen, thread_times
 from benchmarks.support.workloads import Workload, write_files
-from dirtylog.cli.prediction_report import PredictionInfo
+from dirtylog.cli.prediction_report import PredictionInfo, info
 from dirtylog.control.commands import PassInfo
 from dirtylog.control.qmp import Event
 from dirtylog.errors import GuestError, PeerError, ProtocolError
+from dirtylog.migration.prediction import predict
 from dirtylog.units import format_duration, format_size
 
 _CANCEL_SECONDS: Final = 15.0
@@ -125,8 +125,26 @@ class Run(Struct, frozen=True):
     predicted: PredictionInfo | None = None
 
 
-def measure(peer: Peer, setup: Setup) -> Run:
+def watch_alone(peer: Peer, setup: Setup) -> Observation:
+    """Watch a guest that is not migrated afterwards, and that holds its pace whatever else the host does."""
+    with tempfile.TemporaryDirectory(prefix="dirtylog-bench-") as folder, ExitStack() as stack:
+        directory = Path(folder)
+        boot = write_files(setup.workload, directory)
+        files = Files(directory, "source")
+        source = stack.enter_context(started(peer.command(Launch(boot, setup.memory), files), files))
+        setup.workload.ready(source)
+        boot.discard()
+        return replace(observe(source, setup.watch), thread=None)
+
+
+def measure(peer: Peer, setup: Setup, observed: Observation | None = None) -> Run:
     """Migrate a running guest between two new processes, and check that it arrived whole.
+
+    Args:
+        peer: whose it is.
+        setup: what is migrated, and how.
+        observed: what such a guest was seen to write, for a forecast. If there is none, and the setup wants one, this
+            one is watched before.
 
     Raises:
         DirtylogError: the migration failed, or the guest was damaged.
@@ -143,19 +161,25 @@ def measure(peer: Peer, setup: Setup) -> Run:
         uri = peer.address(destination, uri)
         before = setup.workload.ready(source)
         boot.discard()
-        observed = observe(source, setup.watch) if setup.watch else None
+        if setup.watch and peer.watchable and observed is None:
+            observed = observe(source, setup.watch)
+        times = thread_times(source.pid)
         run = _migrate(peer, setup, source, destination, uri, load)
+        if observed is not None and run.x_passes:
+            speed = observed.guest_speed(times, thread_times(source.pid), run.wall - (run.stopped or 0.0))
+            scenario = scenario_of(setup.terms, run.x_passes, peer.clear_chunk, speed)
+            run = structs.replace(
+                run, predicted=info(scenario, predict(observed.workload, scenario, give_up=setup.timeout))
+            )
         if run.outcome is Outcome.COMPLETED:
             _check(peer, setup, source, destination, before)
-    if observed is not None and run.x_passes:
-        run = replace(run, predicted=forecast(observed, setup.terms, run.x_passes, peer.clear_chunk, setup.timeout))
     return _with_bare_copies(run, setup) if run.outcome is Outcome.COMPLETED else run
 
 
 def _with_bare_copies(run: Run, setup: Setup) -> Run:
     if setup.workload.still:
-        return replace(run, bare_whole=copy(run.bytes, setup.scheme))
-    return replace(run, bare=copy(run.x_passes[-1].bytes, setup.scheme)) if run.x_passes else run
+        return structs.replace(run, bare_whole=copy(run.bytes, setup.scheme))
+    return structs.replace(run, bare=copy(run.x_passes[-1].bytes, setup.scheme)) if run.x_passes else run
 
 
 @dataclass(frozen=True, slots=True)

@@ -64,11 +64,13 @@ class Peer(Protocol):
         version: the program's own.
         clear_chunk: bytes whose dirty log it clears at once, right before they are read; 0 if all is cleared when it is
             collected.
+        watchable: whether it tells which pages its guest writes.
     """
 
     name: str
     version: str
     clear_chunk: int
+    watchable: bool
 
     def command(self, launch: Launch, files: Files) -> list[str]:
         """The program and its arguments."""
@@ -123,6 +125,7 @@ class QEMU:
 
     name = "QEMU"
     clear_chunk = GIB  # clear-bitmap-shift is 18 by default, counted in pages
+    watchable = False
 
     def __init__(self) -> None:
         if shutil.which(QEMU_PROGRAM) is None:
@@ -184,6 +187,7 @@ class Dirtylog:
     """
 
     version = dirtylog.__version__
+    watchable = True
 
     def __init__(
         self, name: str = "dirtylog", options: Sequence[str] = (), clear_chunk: int = Parameters().clear_chunk

@@ -11,6 +11,7 @@ from typing import Final, Self
 import msgspec
 from msgspec import Struct
 from rich import box
+from rich.console import Group
 from rich.table import Table
 
 from benchmarks.support.measure import Outcome, Run, Side
@@ -150,22 +151,23 @@ class Host(Struct, frozen=True):
         return f"{host}; {peers}, Python {self.python}"
 
 
-def table(runs: Sequence[Run], peers: tuple[str, str]) -> Table:
+def tables(runs: Sequence[Run], peers: tuple[str, str]) -> Group:
     """Two peers side by side: medians with extremes, and the second's median as a multiple of the first's."""
-    result = Table(box=box.SIMPLE_HEAD, header_style="bold", show_edge=False)
+    return Group(*(_table(setup, runs, peers) for setup in dict.fromkeys(run.setup for run in runs)))
+
+
+def _table(setup: str, runs: Sequence[Run], peers: tuple[str, str]) -> Table:
+    left, right = ([run for run in runs if (run.setup, run.peer) == (setup, peer)] for peer in peers)
+    result = Table(box=box.SIMPLE_HEAD, header_style="bold", show_edge=False, title=setup, title_justify="left")
     result.add_column("median [min .. max]", no_wrap=True)
     for name in (*peers, f"{peers[1]} / {peers[0]}"):
         result.add_column(name, justify="right", no_wrap=True)
-    for setup in dict.fromkeys(run.setup for run in runs):
-        of_setup = [run for run in runs if run.setup == setup]
-        left, right = ([run for run in of_setup if run.peer == peer] for peer in peers)
-        result.add_row(setup, style="bold")
-        result.add_row("runs that converged", _converged(left), _converged(right), "")
-        for metric in METRICS:
-            cells = _compare(metric, completed(left), completed(right))
-            if any(cell != ABSENT for cell in cells):
-                result.add_row(metric.name, *cells)
-        result.add_section()
+    result.add_row("runs that converged", _converged(left), _converged(right), "")
+    for metric in METRICS:
+        cells = _compare(metric, completed(left), completed(right))
+        if any(cell != ABSENT for cell in cells):
+            result.add_row(metric.name, *cells)
+    result.add_section()
     return result
 
 

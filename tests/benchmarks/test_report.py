@@ -7,7 +7,7 @@ from rich.console import Console
 
 from benchmarks.support.bare import BareCopies, Copy
 from benchmarks.support.measure import Outcome, Run, Side
-from benchmarks.support.report import ABSENT, METRICS, Host, Summary, encode, line, table
+from benchmarks.support.report import ABSENT, METRICS, Host, Summary, encode, line, tables
 from benchmarks.support.usage import CPUTime, ResidentMemory
 from dirtylog.cli.prediction_report import PredictionInfo
 from dirtylog.control.commands import PassInfo
@@ -65,7 +65,7 @@ def run(
 def shown(runs: list[Run]) -> list[list[str]]:
     """The cells of each row of the table, as a person sees them."""
     text = StringIO()
-    Console(width=140, file=text).print(table(runs, ("QEMU", "dirtylog")))
+    Console(width=140, file=text).print(tables(runs, ("QEMU", "dirtylog")))
     return [
         [cell.strip() for cell in row_text.split("  ") if cell.strip()] for row_text in text.getvalue().splitlines()
     ]
@@ -114,7 +114,7 @@ def test_speed_of_a_still_guest_is_compared_with_that_of_bare_copies() -> None:
 
 
 def test_forecast_is_set_beside_what_came() -> None:
-    forecast = PredictionInfo(1e9, 1e9, 0.3, None, converges=True, total=0.9, downtime=0.2, bytes=MIB, passes=[])
+    forecast = PredictionInfo(1e9, 1e9, 1.0, 0.3, None, converges=True, total=0.9, downtime=0.2, bytes=MIB, passes=[])
     runs = [run("QEMU", 2.0), replace(run("dirtylog", 1.0), predicted=forecast)]
     assert row(runs, "predicted total time") == [ABSENT, "900.0 ms", ABSENT]
     assert row(runs, "predicted / real, run by run") == [ABSENT, "0.90", ABSENT]
@@ -131,7 +131,7 @@ def test_expected_downtime_is_shown_of_the_peer_that_tells_it() -> None:
     assert row(runs, "expected downtime") == [ABSENT, "200.0 ms [150.0 ms .. 250.0 ms]", ABSENT]
 
 
-def test_table_has_a_section_for_each_setup() -> None:
+def test_each_setup_has_a_table() -> None:
     runs = [run("QEMU", 1.0), run("dirtylog", 1.0, setup="guest writes 1..512 MiB")]
     titles = [cells[0] for cells in shown(runs) if cells and "guest writes" in cells[0]]
     assert titles == ["guest writes 1..100 MiB", "guest writes 1..512 MiB"]

@@ -73,6 +73,13 @@ class ListType(click.ParamType):  # type: ignore[type-arg]  # generic only in re
     show_default=True,
     help="How long a switchover takes besides its pages.",
 )
+@click.option(
+    "--guest-speed",
+    type=click.FloatRange(min=0, min_open=True),
+    default=1.0,
+    show_default=True,
+    help="How fast the guest writes meanwhile, as a multiple of its speed in SOURCE.",
+)
 @click.option("--contents", type=SIZE, help="How much memory has contents, if SOURCE is not to be believed.")
 @click.option("--measure", type=DURATION, default="60s", show_default=True, help="How long to watch a running machine.")
 @click.option("--interval", type=DURATION, default="100ms", show_default=True, help="Between samples of that.")
@@ -86,6 +93,7 @@ def command(
     clear_chunk: list[int | str],
     switchover_bandwidth: int | None,
     fixed_downtime: float,
+    guest_speed: float,
     contents: int | None,
     measure: float,
     interval: float,
@@ -110,6 +118,7 @@ def command(
             split=chunk != AT_SYNC,
             switchover_bandwidth=switchover_bandwidth,
             fixed_downtime=fixed_downtime,
+            guest_speed=guest_speed,
         )
         for speed, limit, chunk in itertools.product(bandwidth, max_downtime, clear_chunk)
     ]

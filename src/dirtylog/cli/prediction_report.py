@@ -31,6 +31,7 @@ class PredictionInfo(msgspec.Struct, frozen=True, rename="kebab"):
 
     bandwidth: float
     switchover_bandwidth: float
+    guest_speed: float
     downtime_limit: float
     clear_chunk: int | None
     converges: bool
@@ -45,6 +46,7 @@ def info(scenario: Scenario, prediction: Prediction) -> PredictionInfo:
     return PredictionInfo(
         bandwidth=scenario.bandwidth,
         switchover_bandwidth=scenario.switchover_bandwidth or scenario.bandwidth,
+        guest_speed=scenario.guest_speed,
         downtime_limit=scenario.downtime_limit,
         clear_chunk=scenario.clear_chunk if scenario.split else None,
         converges=prediction.converges,

@@ -106,6 +106,8 @@ class Scenario:
         split: whether the log is cleared chunk by chunk, right before pages are read, or all at once at the sync.
         switchover_bandwidth: bytes a second when the guest stands still; the same if None.
         fixed_downtime: seconds that a switchover takes besides its pages.
+        guest_speed: how fast the guest writes meanwhile, as a multiple of its speed in the samples: on a small host a
+            migration takes CPU time from it.
     """
 
     bandwidth: float
@@ -114,12 +116,15 @@ class Scenario:
     split: bool = True
     switchover_bandwidth: float | None = None
     fixed_downtime: float = 0.01
+    guest_speed: float = 1.0
 
     def __post_init__(self) -> None:
         if self.bandwidth <= 0 or (self.switchover_bandwidth is not None and self.switchover_bandwidth <= 0):
             raise UsageError("nothing can be migrated without bandwidth")
         if self.clear_chunk < 1:
             raise UsageError(f"a clear chunk of {self.clear_chunk} bytes")
+        if not self.guest_speed > 0:
+            raise UsageError(f"a guest's speed of {self.guest_speed:g}", remedy="1 is that at which it was watched")
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,6 +187,7 @@ class _Replay:
         self._page_seconds = PAGE_SIZE / scenario.bandwidth
         self._chunk = align_up(scenario.clear_chunk, 64 * PAGE_SIZE) // PAGE_SIZE
         self._split = scenario.split
+        self._speed = scenario.guest_speed
         self._to_send = np.ones(workload.pages, np.bool_)
         self._weights = workload.weights()
         self.now = 0.0
@@ -208,6 +214,6 @@ class _Replay:
 
     def _written_after(self, cleared: Times, began: float) -> Flags:
         dirty = np.zeros(self._workload.pages, np.bool_)
-        for pages, times in self._workload.writes(began, self.now):
-            dirty[pages[times >= cleared[pages]]] = True
+        for pages, times in self._workload.writes(began * self._speed, self.now * self._speed):
+            dirty[pages[times >= cleared[pages] * self._speed]] = True
         return dirty
