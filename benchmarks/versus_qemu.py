@@ -4,11 +4,11 @@ Boots the same image in both in turn, several times, migrates it between two pro
 shows what that took. See docs/benchmarks.md.
 """
 
-import signal
+import itertools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Final, NoReturn
+from typing import Any, Final
 
 import click
 from msgspec import Struct
@@ -18,15 +18,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # benchmarks/ is n
 
 from benchmarks.support.bare import SCHEMES
 from benchmarks.support.measure import Run, Setup, measure
-from benchmarks.support.peers import QEMU, Dirtylog, Peer
-from benchmarks.support.report import Host, encode, line, range_text, table
-from dirtylog.cli.main import exit_status
+from benchmarks.support.peers import QEMU, Dirtylog, Peer, Terms
+from benchmarks.support.report import Host, encode, line, tables
+from benchmarks.support.script import run_script
+from benchmarks.support.workloads import Idle, Rounds, Workload
 from dirtylog.cli.options import DURATION, SIZE
-from dirtylog.errors import DirtylogError, UsageError
-from dirtylog.guests.dirtier import build
-from dirtylog.units import GIB, MIB, parse_size
+from dirtylog.errors import UsageError
+from dirtylog.units import MIB, parse_size
 
 DEFAULT_RANGES: Final = ("1M-100M", "1M-512M")
+_PEERS: Final[dict[str, type[QEMU] | type[Dirtylog]]] = {"QEMU": QEMU, "dirtylog": Dirtylog}
 _FILE_WIDTH: Final = 140
 
 
@@ -34,11 +35,24 @@ class Options(Struct, frozen=True):
     """What was asked for. Sizes in bytes, times in seconds."""
 
     ranges: tuple[tuple[int, int], ...]
+    idle: tuple[int, ...]
     runs: int
-    memory: int
-    limit: float
+    memory: tuple[int, ...]
+    limit: tuple[float, ...]
+    channels: tuple[int, ...]
     uri_scheme: str
+    watch: float
     timeout: float
+
+    def setups(self) -> list[Setup]:
+        """All combinations."""
+        workloads: list[Workload] = [*(Rounds(*each) for each in self.ranges), *(Idle(size) for size in self.idle)]
+        return [
+            Setup(memory, workload, Terms(limit, channels), self.uri_scheme, self.timeout, self.watch)
+            for workload, memory, limit, channels in itertools.product(
+                workloads, self.memory, self.limit, self.channels
+            )
+        ]
 
 
 class RangeType(click.ParamType):  # type: ignore[type-arg]  # generic only in recent releases of click
@@ -51,26 +65,42 @@ class RangeType(click.ParamType):  # type: ignore[type-arg]  # generic only in r
         first, _, last = str(value).partition("-")
         try:
             result = parse_size(first), parse_size(last)
-            build(*result)
+            Rounds(*result).image()
         except UsageError as error:
             self.fail(str(error), param, ctx)
         return result
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
-@click.option("--runs", type=click.IntRange(min=1), default=5, show_default=True, help="Runs of each, per range.")
-@click.option("--memory", type=SIZE, default=GIB, show_default="1G", help="RAM of the guest, whole MiB.")
+@click.option("--runs", type=click.IntRange(min=1), default=5, show_default=True, help="Runs of each combination.")
 @click.option(
     "--range",
     "ranges",
     type=RangeType(),
     multiple=True,
-    default=DEFAULT_RANGES,
-    show_default=True,
-    help="What the guest writes, over and over; may be given several times.",
+    help=f"A guest that writes that, over and over. Without this and --idle: {', '.join(DEFAULT_RANGES)}.",
 )
-@click.option("--limit", type=DURATION, default=0.3, show_default="300ms", help="How long it may stand still.")
+@click.option("--idle", type=SIZE, multiple=True, help="A guest that writes nothing and has that much random content.")
+@click.option("--memory", type=SIZE, multiple=True, default=["1G"], show_default=True, help="Its RAM, whole MiB.")
+@click.option(
+    "--limit", type=DURATION, multiple=True, default=["300ms"], show_default=True, help="How long it may stand still."
+)
+@click.option(
+    "--channels",
+    type=click.IntRange(min=1),
+    multiple=True,
+    default=[1],
+    show_default=True,
+    help="Parallel connections; for QEMU, multifd's.",
+)
+@click.option("--peer", "peers", type=click.Choice(list(_PEERS)), multiple=True, help="Who; both by default.")
 @click.option("--uri-scheme", type=click.Choice(SCHEMES), default="unix", show_default=True, help="The connection.")
+@click.option(
+    "--watch",
+    type=DURATION,
+    default=0.0,
+    help="Watch dirtylog's guest for that time before each migration, and set a forecast beside it.",
+)
 @click.option(
     "--timeout", type=DURATION, default=60.0, show_default="60s", help="After that a migration does not converge."
 )
@@ -79,74 +109,65 @@ class RangeType(click.ParamType):  # type: ignore[type-arg]  # generic only in r
 )
 def command(
     runs: int,
-    memory: int,
     ranges: tuple[tuple[int, int], ...],
-    limit: float,
+    idle: tuple[int, ...],
+    memory: tuple[int, ...],
+    limit: tuple[float, ...],
+    channels: tuple[int, ...],
+    peers: tuple[str, ...],
     uri_scheme: str,
+    watch: float,
     timeout: float,
     json_path: str | None,
 ) -> None:
     """Migrate the same guest with QEMU and with dirtylog, and compare.
 
-    The guest adds 1 to a byte in each page of a range for ever, and is checked after each migration.
+    Options that may be given several times are tried in all combinations. A guest either adds 1 to a byte in each page
+    of a range for ever, or is idle. It is checked after each migration.
     """
-    options = Options(ranges, runs, memory, limit, uri_scheme, timeout)
+    if not ranges and not idle:
+        ranges = tuple(RangeType().convert(text, None, None) for text in DEFAULT_RANGES)
+    options = Options(ranges, idle, runs, memory, limit, channels, uri_scheme, watch, timeout)
     _check(options)
-    peers = QEMU(), Dirtylog()
-    host = Host.this(peers)
-    results = _run_all(options, peers)
+    programs: list[Peer] = [program() for name, program in _PEERS.items() if name in (peers or _PEERS)]
+    host = Host.this(programs)
+    results = _run_all(options, programs)
     if json_path is not None:
         with click.open_file(json_path, "wb") as file:
             file.write(encode(host, options, results))
     if json_path != "-":
         console = Console(highlight=False, width=None if sys.stdout.isatty() else _FILE_WIDTH)
-        console.print(table(results, (peers[0].name, peers[1].name)))
+        console.print(tables(results, ("QEMU", "dirtylog")))
         console.print(str(host), soft_wrap=True)
 
 
 def _check(options: Options) -> None:
-    if options.memory % MIB or not options.memory:
-        raise UsageError(f"{options.memory} bytes of RAM are not whole MiB", remedy="give --memory like 1G or 512M")
-    beyond = next((last for _, last in options.ranges if last > options.memory), None)
-    if beyond is not None:
-        raise UsageError(f"the guest cannot write up to {beyond:#x} in {options.memory:#x} bytes of RAM")
+    for setup in options.setups():
+        if setup.memory % MIB or not setup.memory:
+            raise UsageError(f"{setup.memory} bytes of RAM are not whole MiB", remedy="give --memory like 1G or 512M")
+        if setup.workload.end > setup.memory:
+            raise UsageError(
+                f"the guest cannot have memory up to {setup.workload.end:#x} in {setup.memory:#x} bytes of RAM",
+                remedy="give more with --memory",
+            )
 
 
 def _run_all(options: Options, peers: Sequence[Peer]) -> list[Run]:
     """In turn, so that whatever else the host does strikes both."""
     progress = Console(stderr=True, highlight=False)
     results = []
-    for first, last in options.ranges:
-        setup = Setup(options.memory, first, last, options.limit, options.uri_scheme, options.timeout)
+    for setup in options.setups():
         for number in range(1, options.runs + 1):
             for peer in peers:
                 run = measure(peer, setup)
                 results.append(run)
-                where = f"{range_text(first, last)}, run {number} of {options.runs}"
-                progress.print(f"{where}: {line(run)}", soft_wrap=True)
+                progress.print(f"{setup}, run {number} of {options.runs}: {line(run)}", soft_wrap=True)
     return results
-
-
-def _terminated(number: int, _: object) -> NoReturn:
-    raise SystemExit(128 + number)  # unwinds, and so ends what was started
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the benchmark with the given arguments, or the process's own; the exit status."""
-    previous = signal.signal(signal.SIGTERM, _terminated)
-    try:
-        result = command.main(arguments, prog_name="versus_qemu.py", standalone_mode=False)
-    except click.ClickException as error:
-        error.show()
-        return error.exit_code
-    except click.Abort:  # how click passes on KeyboardInterrupt
-        return 128 + signal.SIGINT
-    except DirtylogError as error:
-        print(f"versus_qemu.py: error: {error}", file=sys.stderr)
-        return exit_status(error)
-    finally:
-        signal.signal(signal.SIGTERM, previous)
-    return result if isinstance(result, int) else 0
+    return run_script(command, "versus_qemu.py", arguments)
 
 
 if __name__ == "__main__":

@@ -5,25 +5,26 @@ import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
 from typing import Any, Final
 
-from msgspec import Struct
-from msgspec.structs import replace
+from msgspec import Struct, structs
 
 from benchmarks.support.bare import BareCopies, copy
+from benchmarks.support.forecast import Observation, observe, scenario_of
 from benchmarks.support.guest import Files, Guest, started
-from benchmarks.support.peers import Launch, Peer
-from benchmarks.support.usage import CPUTime, ResidentMemory, stolen
+from benchmarks.support.peers import Launch, Peer, Terms
+from benchmarks.support.usage import CPUTime, ResidentMemory, stolen, thread_times
+from benchmarks.support.workloads import Workload, write_files
+from dirtylog.cli.prediction_report import PredictionInfo, info
 from dirtylog.control.commands import PassInfo
 from dirtylog.control.qmp import Event
 from dirtylog.errors import GuestError, PeerError, ProtocolError
-from dirtylog.guests.dirtier import build, check_pages
+from dirtylog.migration.prediction import predict
+from dirtylog.units import format_duration, format_size
 
-_ROUNDS_BEFORE: Final = 2  # then each page of the range has been written, and has its place in memory
-_ROUNDS_AFTER: Final = 2
 _CANCEL_SECONDS: Final = 15.0
 _ARRIVAL_SECONDS: Final = 15.0
 
@@ -34,19 +35,25 @@ class Setup:
 
     Attributes:
         memory: RAM of the guest.
-        first: where the range begins that the guest writes.
-        last: where it ends.
-        limit: of the downtime.
+        workload: what it does.
+        terms: how it is migrated.
         scheme: one of `bare.SCHEMES`.
         timeout: a migration that takes longer counts as one that does not converge.
+        watch: for how long the guest is watched before, for a forecast; 0 for none.
     """
 
     memory: int
-    first: int
-    last: int
-    limit: float
-    scheme: str
-    timeout: float
+    workload: Workload
+    terms: Terms
+    scheme: str = "unix"
+    timeout: float = 60.0
+    watch: float = 0.0
+
+    def __str__(self) -> str:
+        """For people."""
+        channels = f"{self.terms.channels} channel{'s' if self.terms.channels > 1 else ''}"
+        limits = f"limit {format_duration(self.terms.limit)}, {channels}"
+        return f"guest {self.workload}; {format_size(self.memory)}, {limits}"
 
 
 class Outcome(Enum):
@@ -75,8 +82,7 @@ class Run(Struct, frozen=True):
 
     Attributes:
         peer: whose it was.
-        first: where the range begins that the guest wrote.
-        last: where it ends.
+        setup: what was migrated, and how.
         outcome: how it ended.
         load: the host's load average over the last minute, before.
         steal: CPU time that the host lost during the migration, see `stolen`.
@@ -92,12 +98,13 @@ class Run(Struct, frozen=True):
         source: what the source used.
         destination: what the destination used.
         x_passes: what the peer tells of each pass, if anything; the last one is that with the guest stopped.
-        bare: the bytes of that pass copied by hand afterwards, if the peer tells how many they were.
+        bare: the bytes of that pass copied by hand afterwards, if the peer tells how many they were, and it took some.
+        bare_whole: all the bytes copied by hand, of a guest that wrote nothing.
+        predicted: what was to be expected from watching the guest, if it was watched.
     """
 
     peer: str
-    first: int
-    last: int
+    setup: str
     outcome: Outcome
     load: float
     steal: float
@@ -114,10 +121,30 @@ class Run(Struct, frozen=True):
     destination: Side | None
     x_passes: list[PassInfo]
     bare: BareCopies | None = None
+    bare_whole: BareCopies | None = None
+    predicted: PredictionInfo | None = None
 
 
-def measure(peer: Peer, setup: Setup) -> Run:
-    """Migrate a guest that keeps writing between two new processes, and check that it arrived whole.
+def watch_alone(peer: Peer, setup: Setup) -> Observation:
+    """Watch a guest that is not migrated afterwards, and that holds its pace whatever else the host does."""
+    with tempfile.TemporaryDirectory(prefix="dirtylog-bench-") as folder, ExitStack() as stack:
+        directory = Path(folder)
+        boot = write_files(setup.workload, directory)
+        files = Files(directory, "source")
+        source = stack.enter_context(started(peer.command(Launch(boot, setup.memory), files), files))
+        setup.workload.ready(source)
+        boot.discard()
+        return replace(observe(source, setup.watch), thread=None)
+
+
+def measure(peer: Peer, setup: Setup, observed: Observation | None = None) -> Run:
+    """Migrate a running guest between two new processes, and check that it arrived whole.
+
+    Args:
+        peer: whose it is.
+        setup: what is migrated, and how.
+        observed: what such a guest was seen to write, for a forecast. If there is none, and the setup wants one, this
+            one is watched before.
 
     Raises:
         DirtylogError: the migration failed, or the guest was damaged.
@@ -125,21 +152,34 @@ def measure(peer: Peer, setup: Setup) -> Run:
     load = os.getloadavg()[0]
     with tempfile.TemporaryDirectory(prefix="dirtylog-bench-") as folder, ExitStack() as stack:
         directory = Path(folder)
-        image = directory / "guest.img"
-        image.write_bytes(build(setup.first, setup.last))
+        boot = write_files(setup.workload, directory)
         uri = f"unix:{directory / 'migration'}" if setup.scheme == "unix" else "tcp:127.0.0.1:0"
         files = Files(directory, "source"), Files(directory, "destination")
-        source = stack.enter_context(started(peer.command(Launch(image, setup.memory), files[0]), files[0]))
-        destination = stack.enter_context(started(peer.command(Launch(image, setup.memory, uri), files[1]), files[1]))
-        peer.prepare(source, setup.limit)
+        source = stack.enter_context(started(peer.command(Launch(boot, setup.memory), files[0]), files[0]))
+        destination = stack.enter_context(started(peer.command(Launch(boot, setup.memory, uri), files[1]), files[1]))
+        peer.prepare(source, destination, setup.terms)
         uri = peer.address(destination, uri)
-        rounds = source.reach(_ROUNDS_BEFORE)
+        before = setup.workload.ready(source)
+        boot.discard()
+        if setup.watch and peer.watchable and observed is None:
+            observed = observe(source, setup.watch)
+        times = thread_times(source.pid)
         run = _migrate(peer, setup, source, destination, uri, load)
+        if observed is not None and run.x_passes:
+            speed = observed.guest_speed(times, thread_times(source.pid), run.wall - (run.stopped or 0.0))
+            scenario = scenario_of(setup.terms, run.x_passes, peer.clear_chunk, speed)
+            run = structs.replace(
+                run, predicted=info(scenario, predict(observed.workload, scenario, give_up=setup.timeout))
+            )
         if run.outcome is Outcome.COMPLETED:
-            _check(peer, setup, source, destination, rounds)
-    if run.outcome is Outcome.COMPLETED and run.x_passes:
-        return replace(run, bare=copy(run.x_passes[-1].bytes, setup.scheme))
-    return run
+            _check(peer, setup, source, destination, before)
+    return _with_bare_copies(run, setup) if run.outcome is Outcome.COMPLETED else run
+
+
+def _with_bare_copies(run: Run, setup: Setup) -> Run:
+    if setup.workload.still:
+        return structs.replace(run, bare_whole=copy(run.bytes, setup.scheme))
+    return structs.replace(run, bare=copy(run.x_passes[-1].bytes, setup.scheme)) if run.x_passes else run
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,8 +219,7 @@ def _run(peer: Peer, setup: Setup, watched: _Watched, info: dict[str, Any], *, a
     passes = peer.each_pass(info)
     return Run(
         peer=peer.name,
-        first=setup.first,
-        last=setup.last,
+        setup=str(setup),
         outcome=Outcome.COMPLETED if arrived else Outcome.DID_NOT_CONVERGE,
         load=watched.load,
         steal=watched.steal,
@@ -267,15 +306,10 @@ def _side(guest: Guest, before: CPUTime, memory: int) -> Side:
     return Side(cpu, resident, resident.beyond_guest)
 
 
-def _check(peer: Peer, setup: Setup, source: Guest, destination: Guest, rounds: int) -> None:
+def _check(peer: Peer, setup: Setup, source: Guest, destination: Guest, before: int) -> None:
     """Whether the guest is whole where it went, goes on there, and does not run where it was."""
     if source.qmp.execute("query-status")["running"]:
         raise GuestError(f"{peer.name}'s guest still runs on the source after it was migrated")
-    arrived = destination.rounds()
-    if arrived is None or arrived < rounds:
-        raise GuestError(f"{peer.name}'s guest had made {rounds} rounds before, and {arrived} after it was migrated")
-    destination.reach(arrived + _ROUNDS_AFTER)
-    destination.qmp.execute("stop")
-    wrong = check_pages(destination.first_bytes(setup.first, setup.last), destination.rounds())
+    wrong = setup.workload.check(destination, before)
     if wrong is not None:
         raise GuestError(f"{peer.name}'s guest was damaged by its migration: {wrong}")

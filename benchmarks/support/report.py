@@ -11,11 +11,12 @@ from typing import Final, Self
 import msgspec
 from msgspec import Struct
 from rich import box
+from rich.console import Group
 from rich.table import Table
 
 from benchmarks.support.measure import Outcome, Run, Side
 from benchmarks.support.peers import Peer
-from dirtylog.units import MIB, format_duration, format_size
+from dirtylog.units import format_duration, format_size
 
 ABSENT: Final = "-"
 
@@ -70,13 +71,36 @@ def _count(value: float) -> str:
     return f"{value:,.0f}"
 
 
+def _ratio(value: float) -> str:
+    return f"{value:.2f}"
+
+
+def _share_of_bare_speed(run: Run) -> float | None:
+    if run.bare_whole is None:
+        return None
+    return statistics.median(run.bare_whole.seconds) / run.total
+
+
+def _predicted(run: Run) -> float | None:
+    return run.predicted.total if run.predicted is not None and run.predicted.converges else None
+
+
+def _predicted_share(run: Run) -> float | None:
+    predicted = _predicted(run)
+    return None if predicted is None else predicted / run.total
+
+
 METRICS: Final = (
     Metric("total time", lambda run: [run.total], format_duration),
+    Metric("predicted total time", lambda run: [_predicted(run)], format_duration),
+    Metric("predicted / real, run by run", lambda run: [_predicted_share(run)], _ratio),
     Metric("wall time, both sides", lambda run: [run.wall], format_duration),
     Metric("downtime, as reported", lambda run: [run.downtime], format_duration),
     Metric("STOP to RESUME", lambda run: [run.stopped], format_duration),
     Metric("expected downtime", lambda run: [run.expected_downtime], format_duration),
     Metric("bare copy of the final pass", lambda run: run.bare.seconds if run.bare else [], format_duration),
+    Metric("bare copy of everything", lambda run: run.bare_whole.seconds if run.bare_whole else [], format_duration),
+    Metric("speed, of the bare copy's", lambda run: [_share_of_bare_speed(run)], _ratio),
     Metric("bytes sent", lambda run: [run.bytes], format_size),
     Metric("pages sent", lambda run: [run.pages], _count),
     Metric("zero pages", lambda run: [run.zero_pages], _count),
@@ -127,26 +151,24 @@ class Host(Struct, frozen=True):
         return f"{host}; {peers}, Python {self.python}"
 
 
-def table(runs: Sequence[Run], peers: tuple[str, str]) -> Table:
+def tables(runs: Sequence[Run], peers: tuple[str, str]) -> Group:
     """Two peers side by side: medians with extremes, and the second's median as a multiple of the first's."""
-    result = Table(box=box.SIMPLE_HEAD, header_style="bold", show_edge=False)
+    return Group(*(_table(setup, runs, peers) for setup in dict.fromkeys(run.setup for run in runs)))
+
+
+def _table(setup: str, runs: Sequence[Run], peers: tuple[str, str]) -> Table:
+    left, right = ([run for run in runs if (run.setup, run.peer) == (setup, peer)] for peer in peers)
+    result = Table(box=box.SIMPLE_HEAD, header_style="bold", show_edge=False, title=setup, title_justify="left")
     result.add_column("median [min .. max]", no_wrap=True)
     for name in (*peers, f"{peers[1]} / {peers[0]}"):
         result.add_column(name, justify="right", no_wrap=True)
-    for first, last in dict.fromkeys((run.first, run.last) for run in runs):
-        of_range = [run for run in runs if (run.first, run.last) == (first, last)]
-        left, right = ([run for run in of_range if run.peer == peer] for peer in peers)
-        result.add_row(f"guest writes {range_text(first, last)}", style="bold")
-        result.add_row("runs that converged", _converged(left), _converged(right), "")
-        for metric in METRICS:
-            result.add_row(metric.name, *_compare(metric, _completed(left), _completed(right)))
-        result.add_section()
+    result.add_row("runs that converged", _converged(left), _converged(right), "")
+    for metric in METRICS:
+        cells = _compare(metric, completed(left), completed(right))
+        if any(cell != ABSENT for cell in cells):
+            result.add_row(metric.name, *cells)
+    result.add_section()
     return result
-
-
-def range_text(first: int, last: int) -> str:
-    """A range for people."""
-    return f"{first / MIB:g}..{last / MIB:g} MiB"
 
 
 def line(run: Run) -> str:
@@ -162,12 +184,13 @@ def encode(host: Host, setup: Struct, runs: Sequence[Run]) -> bytes:
     return msgspec.json.format(msgspec.json.encode({"host": host, "setup": setup, "runs": runs})) + b"\n"
 
 
-def _completed(runs: Sequence[Run]) -> list[Run]:
+def completed(runs: Sequence[Run]) -> list[Run]:
+    """Those in which the guest moved."""
     return [run for run in runs if run.outcome is Outcome.COMPLETED]
 
 
 def _converged(runs: Sequence[Run]) -> str:
-    return f"{len(_completed(runs))} of {len(runs)}"
+    return f"{len(completed(runs))} of {len(runs)}"
 
 
 def _compare(metric: Metric, left: Sequence[Run], right: Sequence[Run]) -> tuple[str, str, str]:

@@ -1,7 +1,9 @@
 """What a process has used of CPU and memory, and what the host withheld, from /proc (proc(5))."""
 
+import contextlib
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
@@ -42,6 +44,20 @@ class CPUTime(Struct, frozen=True):
     def since(self, earlier: "CPUTime") -> "CPUTime":
         """What was used in between."""
         return CPUTime(self.user - earlier.user, self.system - earlier.system)
+
+
+def busiest_thread(before: Mapping[int, float], after: Mapping[int, float]) -> int | None:
+    """The thread that ran most between two looks at `thread_times`: that of the vCPU, if the guest never rests."""
+    return max(after, key=lambda thread: after[thread] - before.get(thread, 0.0), default=None)
+
+
+def thread_times(pid: int) -> dict[int, float]:
+    """Seconds of CPU that each thread of a process has had, to the nanosecond (/proc/PID/task/TID/schedstat)."""
+    times = {}
+    for path in Path(f"/proc/{pid}/task").glob("*/schedstat"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # a thread that has ended
+            times[int(path.parent.name)] = int(path.read_text().split()[0]) / 1e9
+    return times
 
 
 def stolen() -> float:

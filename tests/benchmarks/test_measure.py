@@ -3,13 +3,14 @@ from typing import Any
 
 import pytest
 
-from benchmarks.support import measure as module
 from benchmarks.support.bare import COPIES, SCHEMES
 from benchmarks.support.guest import Files, Guest, started
 from benchmarks.support.measure import Outcome, Setup, measure
-from benchmarks.support.peers import Dirtylog
+from benchmarks.support.peers import Dirtylog, Terms
+from benchmarks.support.workloads import Idle, RandomWrites, Rounds, Workload
 from dirtylog.control.commands import PassInfo
 from dirtylog.errors import GuestError, HostError
+from dirtylog.guests import dirtier
 from dirtylog.linux.kvm import KVM
 from dirtylog.units import MIB
 
@@ -17,8 +18,8 @@ from dirtylog.units import MIB
 class SlowDirtylog(Dirtylog):
     """Takes seconds for the guests of these tests."""
 
-    def prepare(self, source: Guest, limit: float) -> None:
-        super().prepare(source, limit)
+    def prepare(self, source: Guest, destination: Guest, terms: Terms) -> None:
+        super().prepare(source, destination, terms)
         source.qmp.execute("migrate-set-parameters", max_bandwidth=MIB)
 
 
@@ -30,14 +31,15 @@ class TaciturnDirtylog(Dirtylog):
 
 
 def setup(*, scheme: str = "unix", timeout: float = 60.0) -> Setup:
-    return Setup(memory=32 * MIB, first=1 * MIB, last=8 * MIB, limit=0.3, scheme=scheme, timeout=timeout)
+    return Setup(32 * MIB, Rounds(1 * MIB, 8 * MIB), Terms(limit=0.3), scheme, timeout)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_migration_is_measured(kvm: KVM, scheme: str) -> None:
     run = measure(Dirtylog(), setup(scheme=scheme))
     assert run.outcome is Outcome.COMPLETED
-    assert (run.peer, run.first, run.last) == ("dirtylog", 1 * MIB, 8 * MIB)
+    assert run.peer == "dirtylog"
+    assert run.setup == "guest writes 1..8 MiB; 32.0 MiB, limit 300.0 ms, 1 channel"
     assert run.downtime is not None
     assert run.stopped is not None
     assert 0 < run.downtime < run.total < run.wall
@@ -78,6 +80,32 @@ def test_peer_that_tells_nothing_of_passes_has_neither_estimate_nor_copies(kvm: 
     assert (run.x_passes, run.expected_downtime, run.bare) == ([], None, None)
 
 
+@pytest.mark.parametrize("workload", [Idle(4 * MIB), RandomWrites(1 * MIB, 3 * MIB, 4096e3, 5 * MIB)], ids=str)
+def test_guest_with_contents_is_measured(kvm: KVM, workload: Workload) -> None:
+    run = measure(Dirtylog(), Setup(32 * MIB, workload, Terms(limit=0.3)))
+    assert run.outcome is Outcome.COMPLETED
+    assert run.pages >= workload.contents // 4096
+    assert (run.bare_whole is not None, run.bare is not None) == (workload.still, not workload.still)
+
+
+@pytest.mark.parametrize("channels", [2, 3])
+def test_channels_are_used(kvm: KVM, channels: int) -> None:
+    run = measure(Dirtylog(), Setup(32 * MIB, Rounds(1 * MIB, 8 * MIB), Terms(0.3, channels)))
+    assert run.outcome is Outcome.COMPLETED
+    assert run.setup.endswith(f"{channels} channels")
+
+
+@pytest.mark.parametrize("options", [((), 64 * 4096), (("--dirty-log", "legacy"), 0)], ids=["split", "at sync"])
+def test_guest_that_was_watched_has_a_forecast(kvm: KVM, options: tuple[tuple[str, ...], int]) -> None:
+    workload, terms = RandomWrites(1 * MIB, 3 * MIB, 4096e2, 5 * MIB), Terms(0.3, bandwidth=20 * MIB)
+    run = measure(Dirtylog("named", *options), Setup(32 * MIB, workload, terms, watch=0.3))
+    assert run.peer == "named"
+    assert run.predicted is not None
+    assert (run.predicted.bandwidth, run.predicted.clear_chunk) == (20 * MIB, options[1] or None)
+    assert run.predicted.converges
+    assert 0.2 < run.predicted.total < 1
+
+
 def test_migration_that_takes_too_long_is_cancelled(kvm: KVM) -> None:
     run = measure(SlowDirtylog(), setup(timeout=0.2))
     assert run.outcome is Outcome.DID_NOT_CONVERGE
@@ -89,7 +117,7 @@ def test_migration_that_takes_too_long_is_cancelled(kvm: KVM) -> None:
 
 
 def test_damaged_guest_is_an_error(kvm: KVM, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "check_pages", lambda pages, rounds: f"{len(pages)} pages, {rounds > 2}")
+    monkeypatch.setattr(dirtier, "check_pages", lambda pages, rounds: f"{len(pages)} pages, {rounds > 2}")
     with pytest.raises(GuestError, match=f"damaged by its migration: {7 * MIB // 4096} pages, True"):
         measure(Dirtylog(), setup())
 

@@ -2,12 +2,14 @@ import json
 from io import StringIO
 
 import pytest
+from msgspec.structs import replace
 from rich.console import Console
 
 from benchmarks.support.bare import BareCopies, Copy
 from benchmarks.support.measure import Outcome, Run, Side
-from benchmarks.support.report import ABSENT, METRICS, Host, Summary, encode, line, table
+from benchmarks.support.report import ABSENT, METRICS, Host, Summary, encode, line, tables
 from benchmarks.support.usage import CPUTime, ResidentMemory
+from dirtylog.cli.prediction_report import PredictionInfo
 from dirtylog.control.commands import PassInfo
 from dirtylog.units import MIB, format_duration
 
@@ -33,15 +35,14 @@ def run(
     total: float,
     *,
     outcome: Outcome = Outcome.COMPLETED,
-    last: int = 100 * MIB,
+    setup: str = "guest writes 1..100 MiB",
     expected: float | None = None,
     bare: tuple[float, ...] = (),
 ) -> Run:
     arrived = outcome is Outcome.COMPLETED
     return Run(
         peer=peer,
-        first=MIB,
-        last=last,
+        setup=setup,
         outcome=outcome,
         load=0.5,
         steal=0.25,
@@ -64,7 +65,7 @@ def run(
 def shown(runs: list[Run]) -> list[list[str]]:
     """The cells of each row of the table, as a person sees them."""
     text = StringIO()
-    Console(width=140, file=text).print(table(runs, ("QEMU", "dirtylog")))
+    Console(width=140, file=text).print(tables(runs, ("QEMU", "dirtylog")))
     return [
         [cell.strip() for cell in row_text.split("  ") if cell.strip()] for row_text in text.getvalue().splitlines()
     ]
@@ -105,13 +106,33 @@ def test_bare_copies_of_all_runs_are_one_figure() -> None:
     assert row(runs, "bare copy of the final pass") == [ABSENT, "60.0 ms [50.0 ms .. 500.0 ms]", ABSENT]
 
 
+def test_speed_of_a_still_guest_is_compared_with_that_of_bare_copies() -> None:
+    copies = BareCopies(MIB, [Copy(seconds, 0.0) for seconds in (0.4, 0.45, 0.9)])
+    runs = [run("QEMU", 1.0), replace(run("dirtylog", 0.5), bare_whole=copies)]
+    assert row(runs, "bare copy of everything") == [ABSENT, "450.0 ms [400.0 ms .. 900.0 ms]", ABSENT]
+    assert row(runs, "speed, of the bare copy's") == [ABSENT, "0.90", ABSENT]
+
+
+def test_forecast_is_set_beside_what_came() -> None:
+    forecast = PredictionInfo(1e9, 1e9, 1.0, 0.3, None, converges=True, total=0.9, downtime=0.2, bytes=MIB, passes=[])
+    runs = [run("QEMU", 2.0), replace(run("dirtylog", 1.0), predicted=forecast)]
+    assert row(runs, "predicted total time") == [ABSENT, "900.0 ms", ABSENT]
+    assert row(runs, "predicted / real, run by run") == [ABSENT, "0.90", ABSENT]
+
+
+def test_what_nobody_has_is_no_row() -> None:
+    names = [cells[0] for cells in shown([run("QEMU", 1.0), run("dirtylog", 1.0)]) if cells]
+    assert "total time" in names
+    assert not any("predicted" in name or "bare" in name for name in names)
+
+
 def test_expected_downtime_is_shown_of_the_peer_that_tells_it() -> None:
     runs = [run("QEMU", 1.0), run("dirtylog", 1.0, expected=0.25), run("dirtylog", 1.0, expected=0.15)]
     assert row(runs, "expected downtime") == [ABSENT, "200.0 ms [150.0 ms .. 250.0 ms]", ABSENT]
 
 
-def test_table_has_a_section_for_each_range() -> None:
-    runs = [run("QEMU", 1.0), run("dirtylog", 1.0, last=512 * MIB)]
+def test_each_setup_has_a_table() -> None:
+    runs = [run("QEMU", 1.0), run("dirtylog", 1.0, setup="guest writes 1..512 MiB")]
     titles = [cells[0] for cells in shown(runs) if cells and "guest writes" in cells[0]]
     assert titles == ["guest writes 1..100 MiB", "guest writes 1..512 MiB"]
 
@@ -124,8 +145,10 @@ def test_run_that_did_not_converge_counts_but_is_in_no_median() -> None:
 
 def test_peer_that_never_converged_has_no_figures() -> None:
     runs = [run("QEMU", 60.0, outcome=Outcome.DID_NOT_CONVERGE), run("dirtylog", 1.0)]
+    titles = {cells[0]: cells[1:] for cells in shown(runs) if cells}
     for metric in METRICS:
-        assert row(runs, metric.name)[::2] == [ABSENT, ABSENT]
+        if metric.name in titles:
+            assert titles[metric.name][::2] == [ABSENT, ABSENT]
 
 
 def test_line_says_how_a_run_went() -> None:
@@ -174,4 +197,5 @@ def test_json_holds_the_passes_as_query_migrate_names_them() -> None:
         "dirtied": 0,
         "bandwidth": 1e8,
         "expected-downtime": None,
+        "ways": {},
     }

@@ -60,7 +60,11 @@ def processes_about(folder: Path) -> list[str]:
     [
         (["--range", "3M"], "'' is not a size"),
         (["--range", "5-9"], "not whole pages"),
-        (["--range", "1M-2G"], "the guest cannot write up to 0x80000000 in 0x40000000 bytes"),
+        (["--range", "1M-2G"], "the guest cannot have memory up to 0x80000000 in 0x40000000 bytes"),
+        (["--idle", "1G"], "the guest cannot have memory up to 0x40100000 in 0x40000000 bytes"),
+        (["--idle", "1M", "--memory", "1G", "--memory", "1M"], "up to 0x200000 in 0x100000 bytes"),
+        (["--channels", "0"], "0 is not in the range"),
+        (["--peer", "xen"], "'xen' is not one of"),
         (["--memory", "1000001"], "not whole MiB"),
         (["--memory", "0"], "not whole MiB"),
         (["--limit", "300"], "is not a duration"),

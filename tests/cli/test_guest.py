@@ -25,6 +25,11 @@ def test_random_pattern_is_the_random_writer(tmp_path: Path, capsys: pytest.Capt
     assert capsys.readouterr() == ("", "")
 
 
+def test_rate_is_the_random_writers(tmp_path: Path) -> None:
+    assert main(["guest", str(tmp_path / "a.img"), "--pattern", "random", "--rate", "720Mbit"]) == 0
+    assert (tmp_path / "a.img").read_bytes() == random_writer.build(*DEFAULT_RANGE, rate=90_000_000)
+
+
 def test_file_is_replaced(tmp_path: Path) -> None:
     (tmp_path / "a.img").write_bytes(b"x" * 1000)
     assert main(["guest", str(tmp_path / "a.img")]) == 0
@@ -48,6 +53,21 @@ def test_impossible_range_is_refused_and_writes_nothing(
     assert first.startswith("dirtylog: error: the range ")
     assert cause in first
     assert second.startswith("  remedy: ")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "cause"),
+    [
+        (["--rate", "90M"], "--rate is for --pattern random"),
+        (["--pattern", "random", "--rate", "4K"], "cannot dirty 4096 bytes a second"),
+    ],
+)
+def test_impossible_rate_is_refused_and_writes_nothing(
+    arguments: list[str], cause: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["guest", str(tmp_path / "a.img"), *arguments]) == 2
+    assert cause in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 

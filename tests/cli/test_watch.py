@@ -130,6 +130,8 @@ class TestRecord:
         shown = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
         trace = TraceReader(tmp_path / "trace")
         assert trace.blocks == {"ram": RAM_PAGES, "rom": ROM_PAGES}
+        assert trace.stored["rom"] == served.guest.memory.blocks["rom"].stored
+        assert 0 < trace.stored["ram"] <= RAM_PAGES
         assert [(one.time, one.seconds, one.pages) for one in trace] == [
             (one["time"], one["seconds"], one["pages"]) for one in shown
         ]

@@ -16,8 +16,12 @@ from dirtylog.units import PAGE_SIZE
 
 INFO: Final[dict[str, Any]] = {
     "page-size": PAGE_SIZE,
-    "blocks": [{"name": "ram", "size": 10 * PAGE_SIZE, "pages": 10}],
+    "blocks": [{"name": "ram", "size": 10 * PAGE_SIZE, "pages": 10, "stored": 4}],
 }
+
+
+def memory(name: str, pages: int, **changes: int) -> dict[str, Any]:
+    return {"name": name, "size": pages * PAGE_SIZE, "pages": pages, "stored": 0} | changes
 
 
 def packed(word: int) -> str:
@@ -70,7 +74,7 @@ def qmp(script: Script, tmp_path: Path) -> Iterator[QMPClient]:
 
 def test_sample_is_what_the_server_says(script: Script, qmp: QMPClient) -> None:
     with RemoteWatch(qmp) as watch:
-        assert watch.blocks == {"ram": 10}
+        assert (watch.blocks, watch.stored) == ({"ram": 10}, {"ram": 4})
         found = watch.sample()
         assert (found.time, found.seconds, watch.status) == (3.0, 1.0, "running")
         assert found.written["ram"].indices().tolist() == [0, 2]
@@ -83,13 +87,11 @@ def test_sample_is_what_the_server_says(script: Script, qmp: QMPClient) -> None:
         ({}, "in other words"),
         (INFO | {"page-size": 16384}, "pages of 16384 bytes"),
         (INFO | {"blocks": INFO["blocks"] * 2}, "two blocks of one name"),
-        (INFO | {"blocks": [{"name": "ram", "size": 1, "pages": 10}]}, "a block whose pages are not its bytes"),
-        (INFO | {"blocks": [{"name": "ram", "size": -1, "pages": -1}]}, "in other words"),
-        (INFO | {"blocks": [{"name": "ram", "size": 1 << 62, "pages": 1 << 50}]}, "in other words"),
-        (
-            INFO | {"blocks": [{"name": n, "size": MAX_PAGES * PAGE_SIZE, "pages": MAX_PAGES} for n in "ab"]},
-            "more than 4294967296 pages",
-        ),
+        (INFO | {"blocks": [memory("ram", 10, size=1)]}, "a block whose pages are not its bytes"),
+        (INFO | {"blocks": [memory("ram", 10, stored=11)]}, "a block with more contents than pages"),
+        (INFO | {"blocks": [memory("ram", -1)]}, "in other words"),
+        (INFO | {"blocks": [memory("ram", 1 << 50)]}, "in other words"),
+        (INFO | {"blocks": [memory(name, MAX_PAGES) for name in "ab"]}, "more than 4294967296 pages"),
     ],
 )
 def test_memory_that_cannot_be_is_refused(script: Script, qmp: QMPClient, info: Any, problem: str) -> None:

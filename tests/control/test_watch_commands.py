@@ -43,6 +43,9 @@ class Served:
         stack.callback(server.close)
         server.start()
 
+    def stored(self, name: str) -> int:
+        return self.guest.memory.blocks[name].stored
+
     def tracking(self) -> TrackingReason:
         return self.guest.memory.tracking
 
@@ -79,8 +82,8 @@ def test_reply_has_what_the_client_needs_and_no_more(served: Served, qmp: QMPCli
     assert qmp.execute("x-watch-start") == {
         "page-size": PAGE_SIZE,
         "blocks": [
-            {"name": "ram", "size": RAM_PAGES * PAGE_SIZE, "pages": RAM_PAGES},
-            {"name": "rom", "size": ROM_PAGES * PAGE_SIZE, "pages": ROM_PAGES},
+            {"name": "ram", "size": RAM_PAGES * PAGE_SIZE, "pages": RAM_PAGES, "stored": served.stored("ram")},
+            {"name": "rom", "size": ROM_PAGES * PAGE_SIZE, "pages": ROM_PAGES, "stored": served.stored("rom")},
         ],
     }
     served.guest.resume()

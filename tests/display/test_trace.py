@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from support.oracles import to_bits, to_words
 
 from dirtylog.display import Sample, TraceReader, TraceWriter
-from dirtylog.display.trace import HEAD, MAGIC, MAX_PAGES, PREAMBLE, VERSION, TracedSample, TraceHeader
+from dirtylog.display.trace import HEAD, MAGIC, MAX_PAGES, PREAMBLE, VERSION, TracedBlock, TracedSample, TraceHeader
 from dirtylog.errors import ClosedError, HostError, UsageError
 from dirtylog.memory import PageBitmap
 from dirtylog.units import PAGE_SIZE
@@ -49,8 +49,12 @@ def record(body: bytes) -> bytes:
 
 
 def header(**changes: Any) -> dict[str, Any]:
-    blocks = [{"name": name, "pages": pages} for name, pages in BLOCKS.items()]
+    blocks = [{"name": name, "pages": pages, "stored": 0} for name, pages in BLOCKS.items()]
     return {"start_time": 1.0, "page_size": PAGE_SIZE, "blocks": blocks} | changes
+
+
+def block(name: str = "ram", *, pages: int = 1, stored: int = 0) -> dict[str, Any]:
+    return {"name": name, "pages": pages, "stored": stored}
 
 
 def traced(**changes: Any) -> dict[str, Any]:
@@ -73,6 +77,16 @@ def test_trace_says_what_was_sampled(path: Path) -> None:
     assert (trace.start_time, trace.blocks) == (1234.5, BLOCKS)
     assert facts(list(trace)) == facts(SAMPLES)
     assert facts(list(trace)) == facts(SAMPLES)
+
+
+def test_trace_says_how_many_pages_had_contents(tmp_path: Path) -> None:
+    stored = {"rom": 3, "ram": 0}
+    TraceWriter(tmp_path / "trace", BLOCKS, stored=stored).close()
+    assert TraceReader(tmp_path / "trace").stored == stored
+
+
+def test_all_pages_have_contents_unless_told_otherwise(path: Path) -> None:
+    assert TraceReader(path).stored == BLOCKS
 
 
 @given(st.lists(st.tuples(st.sets(st.integers(0, 199)), st.sets(st.integers(0, 2))), max_size=4))
@@ -140,10 +154,13 @@ def test_any_byte_changed_is_found_or_ends_the_trace(path: Path) -> None:
         (trace_of(header(page_size=16384)), "pages have 16384 bytes"),
         (trace_of(header(start_time=-1.0)), "start_time"),
         (trace_of(header(start_time=float("inf"))), "its start has no time"),
-        (trace_of(header(blocks=[{"name": "ram", "pages": 0}])), "pages"),
-        (trace_of(header(blocks=[{"name": "ram", "pages": MAX_PAGES + 1}])), "pages"),
-        (trace_of(header(blocks=[{"name": name, "pages": MAX_PAGES} for name in "ab"])), "more than 4294967296 pages"),
-        (trace_of(header(blocks=[{"name": "ram", "pages": 1}] * 2)), "same name"),
+        (trace_of(header(blocks=[block(pages=0)])), "pages"),
+        (trace_of(header(blocks=[block(pages=MAX_PAGES + 1)])), "pages"),
+        (trace_of(header(blocks=[block(name, pages=MAX_PAGES) for name in "ab"])), "more than 4294967296 pages"),
+        (trace_of(header(blocks=[block(), block()])), "same name"),
+        (trace_of(header(blocks=[block(stored=2)])), "more pages have contents than there are"),
+        (trace_of(header(blocks=[block(stored=-1)])), "stored"),
+        (trace_of(header(blocks=[{"name": "ram", "pages": 1}])), "missing required field `stored`"),
     ],
 )
 def test_file_that_is_no_trace_is_refused(tmp_path: Path, content: bytes, problem: str) -> None:
@@ -246,7 +263,7 @@ def test_closed_trace_takes_no_sample(tmp_path: Path) -> None:
 
 def test_description_of_the_format_names_every_field_and_number() -> None:
     text = PAGE.read_text()
-    for kind in (TraceHeader, TracedSample):
+    for kind in (TraceHeader, TracedBlock, TracedSample):
         for field in kind.__struct_fields__:
             assert f"`{field}`" in text
     assert f"`{MAGIC.decode()}`" in text

@@ -1,5 +1,7 @@
 import struct
+import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any, Final
 
@@ -12,7 +14,7 @@ from support.waiting import wait_until
 
 from dirtylog.errors import UsageError
 from dirtylog.guests import random_writer
-from dirtylog.machine import KVMMachine, boot_sector
+from dirtylog.machine import KVMMachine, UnicornMachine, boot_sector
 from dirtylog.units import MIB, PAGE_SIZE
 
 SHIPPED: Final = Path(__file__).parents[2] / "src/dirtylog/guests/random_writer.img"
@@ -63,16 +65,22 @@ def test_distinct_pages_are_as_many_as_the_closed_form_says(pages: int, ratio: f
 
 
 def test_range_and_seed_are_patched_and_nothing_else() -> None:
-    image, shipped = random_writer.build(2 * MIB, 8 * MIB, seed=0xDEADBEEF), SHIPPED.read_bytes()
-    assert struct.unpack_from("<4sIII", image, 4) == (b"DLR1", 2 * MIB, 8 * MIB, 0xDEADBEEF)
+    image, shipped = random_writer.build(2 * MIB, 8 * MIB, seed=0xDEADBEEF, rate=4096e3), SHIPPED.read_bytes()
+    assert struct.unpack_from("<4sIIII", image, 4) == (b"DLR2", 2 * MIB, 8 * MIB, 0xDEADBEEF, 1_000_000)
     assert image[:8] == shipped[:8]
-    assert image[20:] == shipped[20:]
+    assert image[24:] == shipped[24:]
 
 
 @pytest.mark.parametrize("seed", [-1, 1 << 32])
 def test_seed_that_does_not_fit_is_refused(seed: int) -> None:
     with pytest.raises(UsageError, match="does not have 32 bits"):
         random_writer.build(1 * MIB, 2 * MIB, seed=seed)
+
+
+@pytest.mark.parametrize("rate", [-1, 40_959, 4096e9 + 1, float("nan")])
+def test_rate_that_no_interval_makes_is_refused(rate: float) -> None:
+    with pytest.raises(UsageError, match="cannot dirty"):
+        random_writer.build(1 * MIB, 2 * MIB, rate=rate)
 
 
 def written(pages: int, writes: int, seed: int = random_writer.DEFAULT_SEED) -> np.ndarray[Any, np.dtype[np.uint8]]:
@@ -120,3 +128,31 @@ def test_promise_holds_whenever_kvm_stops_the_guest(guest: KVMMachine) -> None:
         memory = np.frombuffer(guest.system.read(0, 4 * MIB), np.uint8)
         assert random_writer.check_pages(memory[FIRST:LAST:PAGE_SIZE], writes(guest), seed=7) is None
         assert not memory[LAST:].any()
+
+
+@pytest.mark.parametrize("rate", [4096e3, 8192e3])
+def test_guest_with_a_rate_holds_it(kvm: object, rate: float) -> None:
+    with closing(KVMMachine(4 * MIB)) as guest:
+        boot_sector(guest, random_writer.build(FIRST, LAST, rate=rate))
+        guest.resume()
+        wait_until(lambda: writes(guest) > 100, "the guest began to write")
+        first, began = writes(guest), time.monotonic()
+        wait_until(lambda: writes(guest) > first + rate / PAGE_SIZE / 2, "the guest wrote for half a second")
+        made, taken = writes(guest) - first, time.monotonic() - began
+        guest.pause()
+        # A busy host may keep it from writing; what it makes up for, and how late we look, are milliseconds.
+        assert made <= rate / PAGE_SIZE * (taken + 0.6)
+        assert guest.system.read(random_writer.STARTED_ADDRESS, 4) == random_writer.STARTED
+        memory = np.frombuffer(guest.system.read(0, 4 * MIB), np.uint8)
+        assert random_writer.check_pages(memory[FIRST:LAST:PAGE_SIZE], writes(guest)) is None
+
+
+def test_guest_with_a_rate_says_so_and_halts_where_nobody_tells_the_time() -> None:
+    said: list[bytes] = []
+    with closing(UnicornMachine(4 * MIB, transmit=said.append)) as guest:
+        boot_sector(guest, random_writer.build(FIRST, LAST, rate=4096e3))
+        guest.resume()
+        wait_until(lambda: said, "the guest said something")
+        guest.pause()
+        assert said == [b"?"]
+        assert guest.system.read(random_writer.STARTED_ADDRESS, 4) != random_writer.STARTED

@@ -1,3 +1,5 @@
+import mmap
+
 import pytest
 
 from dirtylog.errors import ClosedError
@@ -15,6 +17,23 @@ def test_words_and_bytes_are_the_same_memory() -> None:
     assert block.pages == 3
     assert block.page_words.shape == (3, 512)
     assert block.page_words[2, 1] == 7
+    block.close()
+
+
+def test_pages_that_were_written_are_stored() -> None:
+    block = RAMBlock("ram", 8 * PAGE_SIZE)
+    assert block.stored == 0
+    block.array[3 * PAGE_SIZE] = 1
+    block.array[7 * PAGE_SIZE - 1 :] = 0  # pages 6 and 7, with zeros
+    assert block.stored == 3
+    block.mapping.punch(7 * PAGE_SIZE, PAGE_SIZE)
+    assert block.stored == 2
+    block.close()
+
+
+def test_all_pages_of_a_callers_buffer_are_stored() -> None:
+    block = RAMBlock("ram", 2 * PAGE_SIZE, memoryview(mmap.mmap(-1, 2 * PAGE_SIZE)))
+    assert block.stored == 2
     block.close()
 
 

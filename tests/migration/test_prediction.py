@@ -35,9 +35,10 @@ def slow_predict(load: Workload, scenario: Scenario, passes: int) -> list[int]:
         if not to_send:
             now += per_page
         to_send = set()
-        for pages, times in load.writes(began, now):
+        speed = scenario.guest_speed
+        for pages, times in load.writes(began * speed, now * speed):
             to_send |= {
-                page for page, time in zip(pages.tolist(), times.tolist(), strict=True) if time >= cleared[page]
+                page for page, time in zip(pages.tolist(), times.tolist(), strict=True) if time >= cleared[page] * speed
             }
         left.append(len(to_send))
     return left
@@ -56,6 +57,22 @@ def test_idle_memory_takes_one_pass_and_what_is_fixed() -> None:
 
 def test_memory_without_contents_takes_no_time() -> None:
     assert predict(workload((1.0, []), stored=256), Scenario(_SPEED)).total == pytest.approx(0.26)
+
+
+def test_what_is_written_has_contents_wherever_it_lies() -> None:
+    load = workload((100.0, list(range(768, 1024))), stored=512)
+
+    weights = load.weights()
+
+    assert set(weights[768:]) == {1.0}
+    assert set(weights[:768]) == {1 / 3}
+    assert predict(load, Scenario(_SPEED, fixed_downtime=0)).passes[0].pages == 512
+
+
+def test_more_written_than_stored_is_stored_in_part() -> None:
+    weights = workload((1.0, list(range(512))), stored=256).weights()
+
+    assert (set(weights[:512]), set(weights[512:])) == ({0.5}, {0.0})
 
 
 def test_page_written_in_every_sample_is_left_for_the_switchover() -> None:
@@ -79,6 +96,14 @@ def test_faster_link_at_the_switchover_stops_the_guest_earlier() -> None:
     assert predict(load, Scenario(_SPEED, 0.3, switchover_bandwidth=2 * _SPEED), give_up=20).converges
 
 
+def test_slower_guest_leaves_less_behind() -> None:
+    load = workload((1.0, list(range(1024))))
+
+    assert predict(load, Scenario(_SPEED, split=False), give_up=0.5).passes[0].dirtied == 1024
+    half = predict(load, Scenario(_SPEED, split=False, guest_speed=0.5), give_up=0.5).passes[0].dirtied
+    assert half == pytest.approx(512, abs=2)
+
+
 def test_writes_before_a_late_clear_cost_nothing() -> None:
     load = workload((1.0, list(range(960, 1024))))  # written during the first pass, before their chunk's turn
     whole = Scenario(_SPEED, clear_chunk=_PAGES * PAGE_SIZE)
@@ -100,10 +125,13 @@ def test_time_to_give_up_ends_the_forecast() -> None:
     st.lists(st.tuples(st.floats(0.01, 0.7), st.lists(st.integers(0, 255), unique=True)), min_size=1, max_size=4),
     st.booleans(),
     st.sampled_from([1, 64, 128, 256]),
+    st.sampled_from([0.3, 1.0, 2.0]),
 )
-def test_forecast_agrees_with_the_oracle(samples: list[tuple[float, list[int]]], split: bool, chunk: int) -> None:
+def test_forecast_agrees_with_the_oracle(
+    samples: list[tuple[float, list[int]]], split: bool, chunk: int, speed: float
+) -> None:
     load = workload(*((seconds, sorted(pages)) for seconds, pages in samples), pages=256)
-    scenario = Scenario(256 * PAGE_SIZE, 0.0, chunk * PAGE_SIZE, split)
+    scenario = Scenario(256 * PAGE_SIZE, 0.0, chunk * PAGE_SIZE, split, guest_speed=speed)
 
     passes = predict(load, scenario, give_up=2.0).passes
 
@@ -136,7 +164,14 @@ def test_workload_that_cannot_be_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    "values", [{"bandwidth": 0}, {"bandwidth": 1, "switchover_bandwidth": 0}, {"bandwidth": 1, "clear_chunk": 0}]
+    "values",
+    [
+        {"bandwidth": 0},
+        {"bandwidth": 1, "switchover_bandwidth": 0},
+        {"bandwidth": 1, "clear_chunk": 0},
+        {"guest_speed": 0},
+        {"guest_speed": float("nan")},
+    ],
 )
 def test_scenario_that_cannot_be_is_refused(values: dict[str, Any]) -> None:
     with pytest.raises(UsageError):

@@ -23,6 +23,7 @@ COMMANDS: Final = {
     "run": "Run a boot image as a guest, or wait for one to arrive.",
     "migrate": "Move a running guest to another process.",
     "watch": "Show which memory of a running guest is written, and how fast.",
+    "predict": "Predict how a migration of a running guest would go.",
     "guest": "Write the boot image of the guest that dirties memory.",
     "inspect": "Show a running machine's memory: regions, views, dirty pages.",
     "doctor": "Show what this host offers, what is missing, and how to get it.",

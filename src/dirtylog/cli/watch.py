@@ -49,7 +49,7 @@ def command(target: str, interval: float, duration: float | None, record: Path |
         qmp = stack.enter_context(QMPClient(path))
         interrupted = stack.enter_context(interrupts())
         watch = stack.enter_context(RemoteWatch(qmp))
-        trace = None if record is None else stack.enter_context(TraceWriter(record, watch.blocks))
+        trace = None if record is None else stack.enter_context(TraceWriter(record, watch.blocks, stored=watch.stored))
         report = WatchReport(target, watch.blocks)
         with _ending_told(target), _screen(console) as screen:
             for _ in _ticks(qmp, interval, duration, interrupted):

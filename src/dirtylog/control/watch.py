@@ -22,11 +22,12 @@ S = TypeVar("S", bound=msgspec.Struct)
 
 
 class WatchedBlock(msgspec.Struct, frozen=True):
-    """A RAM block: bytes and pages."""
+    """A RAM block: bytes and pages, and how many of these have contents."""
 
     name: str
     size: Count
     pages: Count
+    stored: Count
 
 
 class WatchInfo(msgspec.Struct, frozen=True, rename="kebab"):
@@ -63,6 +64,7 @@ class RemoteWatch:
 
     Attributes:
         blocks: the machine's RAM blocks: how many pages each name has.
+        stored: how many of them had contents when the watch began.
         status: what the machine was doing at the last sample.
 
     Raises:
@@ -79,7 +81,10 @@ class RemoteWatch:
             _complain(f"pages of {info.page_size} bytes")
         if any(block.size != block.pages * PAGE_SIZE for block in info.blocks):
             _complain("a block whose pages are not its bytes")
+        if any(block.stored > block.pages for block in info.blocks):
+            _complain("a block with more contents than pages")
         self.blocks = {block.name: block.pages for block in info.blocks}
+        self.stored = {block.name: block.stored for block in info.blocks}
         if len(self.blocks) != len(info.blocks):
             _complain("two blocks of one name")
         if sum(self.blocks.values()) > MAX_PAGES:

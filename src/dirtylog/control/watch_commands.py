@@ -42,9 +42,10 @@ class WatchCommands:
         if scope not in self._watchers:
             scope.callback(self._end_session, scope)
         self._watchers[scope] = watcher
+        stored = {block.name: block.stored for block in self._machine.memory.blocks.values()}
         return WatchInfo(
             PAGE_SIZE,
-            tuple(WatchedBlock(name, pages * PAGE_SIZE, pages) for name, pages in watcher.blocks.items()),
+            tuple(WatchedBlock(name, pages * PAGE_SIZE, pages, stored[name]) for name, pages in watcher.blocks.items()),
         )
 
     def _sample(self, _: NoArguments, scope: Scope) -> SampleInfo:

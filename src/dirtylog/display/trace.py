@@ -35,10 +35,11 @@ S = TypeVar("S", bound=msgspec.Struct)
 
 
 class TracedBlock(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A RAM block of the machine that was watched."""
+    """A RAM block of the machine that was watched. ``stored``: how many of its pages had contents when that began."""
 
     name: Annotated[str, msgspec.Meta(max_length=4096)]
     pages: Annotated[int, msgspec.Meta(ge=1, le=MAX_PAGES)]
+    stored: Annotated[int, msgspec.Meta(ge=0, le=MAX_PAGES)]
 
 
 class TraceHeader(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -64,13 +65,19 @@ class TraceWriter:
         path: the file.
         blocks: how many pages each block has, by name.
         start_time: when the watch began, in seconds of Unix time; now unless given.
+        stored: how many of its pages have contents, by name; all of them unless given.
 
     Raises:
         HostError: the file cannot be written.
     """
 
     def __init__(
-        self, path: str | os.PathLike[str], blocks: Mapping[str, int], start_time: float | None = None
+        self,
+        path: str | os.PathLike[str],
+        blocks: Mapping[str, int],
+        start_time: float | None = None,
+        *,
+        stored: Mapping[str, int] | None = None,
     ) -> None:
         self._path = os.fspath(path)
         self._blocks = dict(blocks)
@@ -78,7 +85,7 @@ class TraceWriter:
         header = TraceHeader(
             time.time() if start_time is None else start_time,
             PAGE_SIZE,
-            tuple(TracedBlock(name, pages) for name, pages in blocks.items()),
+            tuple(TracedBlock(name, pages, (stored or blocks)[name]) for name, pages in blocks.items()),
         )
         try:
             self._write(PREAMBLE.pack(MAGIC, VERSION) + _record(header))
@@ -142,6 +149,7 @@ class TraceReader:
     Attributes:
         start_time: when the watch began, in seconds of Unix time.
         blocks: how many pages each block has, by name.
+        stored: how many of them had contents when the watch began, by name.
 
     Raises:
         UsageError: the file cannot be read, or is no trace.
@@ -154,6 +162,7 @@ class TraceReader:
             self._first = file.tell()
         self.start_time = header.start_time
         self.blocks = {block.name: block.pages for block in header.blocks}
+        self.stored = {block.name: block.stored for block in header.blocks}
         if header.page_size != PAGE_SIZE:
             self._damaged(f"its pages have {header.page_size} bytes")
         if not math.isfinite(header.start_time):
@@ -162,6 +171,8 @@ class TraceReader:
             self._damaged("two of its blocks have the same name")
         if sum(self.blocks.values()) > MAX_PAGES:
             self._damaged(f"it is of more than {MAX_PAGES} pages")
+        if any(block.stored > block.pages for block in header.blocks):
+            self._damaged("more pages have contents than there are")
         self._limit = _SAMPLE_ROOM + sum(packed_bound(pages) + _SAMPLE_ROOM for pages in self.blocks.values())
 
     def __iter__(self) -> Iterator[Sample]:

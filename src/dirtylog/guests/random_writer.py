@@ -25,6 +25,9 @@ DEFAULT_RANGE: Final = sector.DEFAULT_RANGE
 DEFAULT_SEED: Final = 1
 """What the shipped image is set to."""
 
+LONGEST_INTERVAL: Final = 100_000_000
+"""The most nanoseconds from one write to the next."""
+
 _MULTIPLIER: Final = 1664525
 _INCREMENT: Final = 1013904223
 _MODULUS: Final = 1 << 32
@@ -32,17 +35,28 @@ _BLOCK: Final = 1 << 16
 """How many numbers are computed at a time."""
 
 
-def build(first: int, last: int, *, seed: int = DEFAULT_SEED) -> bytes:
+def build(first: int, last: int, *, seed: int = DEFAULT_SEED, rate: float = 0) -> bytes:
     """The boot sector, set to write to pages of ``[first, last)``.
 
     Args:
         first: address of the first page; the guest's own code and counter lie below 64 KiB.
         last: address after the last page; at most 3 GiB, where a PC's memory makes room for its devices.
         seed: what its random numbers start from, 32 bits.
+        rate: bytes a second that it is to dirty, a page a write, as long as it gets the processor's time; as many as it
+            can if 0. Under KVM only: it asks for KVM's clock, and never starts if there is none.
     """
     if not 0 <= seed < _MODULUS:
         raise UsageError(f"the seed {seed} does not have 32 bits", remedy="use one from 0 to 2**32 - 1")
-    return sector.build("random_writer.img", b"DLR1", first, last, seed)
+    return sector.build("random_writer.img", b"DLR2", first, last, seed, _interval(rate) if rate else 0)
+
+
+def _interval(rate: float) -> int:
+    """Nanoseconds between writes."""
+    if not PAGE_SIZE * 1e9 / LONGEST_INTERVAL <= rate <= PAGE_SIZE * 1e9:
+        raise UsageError(
+            f"the guest cannot dirty {rate:g} bytes a second", remedy="40960 are possible, ten pages, and more"
+        )
+    return round(PAGE_SIZE * 1e9 / rate)
 
 
 def page_numbers(pages: int, first: int, count: int, *, seed: int = DEFAULT_SEED) -> NDArray[np.int64]:

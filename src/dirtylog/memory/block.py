@@ -44,6 +44,11 @@ class RAMBlock:
         """The memory as 64-bit words, a row a page: shape (pages, 512)."""
         return self.array.view(np.uint64).reshape(self.pages, PAGE_SIZE // 8)
 
+    @property
+    def stored(self) -> int:
+        """How many pages have contents, be they zeros that somebody wrote; all of them where nobody knows."""
+        return sum(-(-end // PAGE_SIZE) - start // PAGE_SIZE for start, end in self.mapping.extents(0, self.size))
+
     def close(self) -> None:
         """Give up the memory; idempotent."""
         self.mapping.close()

@@ -65,6 +65,19 @@ class Workload:
         if edges and not 0 <= min(edges) <= max(edges) < self.pages:
             raise UsageError(f"the workload names pages that a memory of {self.pages} pages does not have")
 
+    def weights(self) -> Times:
+        """How much of a page each page is to the link in the first pass.
+
+        What is written has contents. The rest of what is stored is spread evenly over the others, as nobody knows where
+        it lies.
+        """
+        written = np.zeros(self.pages, np.bool_)
+        for sample in self.samples:
+            written[sample.pages] = True
+        count = int(written.sum())
+        known, others = min(self.stored, count), self.pages - count
+        return np.where(written, known / max(count, 1), (self.stored - known) / max(others, 1))
+
     def writes(self, start: float, end: float) -> Iterator[tuple[Numbers, Times]]:
         """The pages written in [start, end), and when, sample by sample."""
         lengths = np.array([sample.seconds for sample in self.samples])
@@ -93,6 +106,8 @@ class Scenario:
         split: whether the log is cleared chunk by chunk, right before pages are read, or all at once at the sync.
         switchover_bandwidth: bytes a second when the guest stands still; the same if None.
         fixed_downtime: seconds that a switchover takes besides its pages.
+        guest_speed: how fast the guest writes meanwhile, as a multiple of its speed in the samples: on a small host a
+            migration takes CPU time from it.
     """
 
     bandwidth: float
@@ -101,12 +116,15 @@ class Scenario:
     split: bool = True
     switchover_bandwidth: float | None = None
     fixed_downtime: float = 0.01
+    guest_speed: float = 1.0
 
     def __post_init__(self) -> None:
         if self.bandwidth <= 0 or (self.switchover_bandwidth is not None and self.switchover_bandwidth <= 0):
             raise UsageError("nothing can be migrated without bandwidth")
         if self.clear_chunk < 1:
             raise UsageError(f"a clear chunk of {self.clear_chunk} bytes")
+        if not self.guest_speed > 0:
+            raise UsageError(f"a guest's speed of {self.guest_speed:g}", remedy="1 is that at which it was watched")
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,20 +187,20 @@ class _Replay:
         self._page_seconds = PAGE_SIZE / scenario.bandwidth
         self._chunk = align_up(scenario.clear_chunk, 64 * PAGE_SIZE) // PAGE_SIZE
         self._split = scenario.split
+        self._speed = scenario.guest_speed
         self._to_send = np.ones(workload.pages, np.bool_)
-        self._share = workload.stored / workload.pages if workload.pages else 0.0
+        self._weights = workload.weights()
         self.now = 0.0
 
     def run_pass(self) -> PredictedPass:
         began = self.now
         pages = np.flatnonzero(self._to_send)
-        # In the first pass the pages without contents take no time; which they are does not matter much.
-        weight = self._share if began == 0.0 else 1.0
-        sent_at: Times = began + np.arange(1, pages.size + 1, dtype=np.float64) * (self._page_seconds * weight)
+        sent = np.cumsum(self._weights[pages] if began == 0.0 else np.ones(pages.size))
+        sent_at: Times = began + sent * self._page_seconds
         self.now = float(sent_at[-1]) if pages.size else began + self._page_seconds
         dirty = self._written_after(self._clears(pages, sent_at, began), began)
         self._to_send = dirty
-        return PredictedPass(round(pages.size * weight), self.now - began, int(dirty.sum()))
+        return PredictedPass(round(float(sent[-1])) if pages.size else 0, self.now - began, int(dirty.sum()))
 
     def _clears(self, pages: Numbers, sent_at: Times, began: float) -> Times:
         """When each page was last cleared. What the sync did not report is not cleared in the pass either."""
@@ -196,6 +214,6 @@ class _Replay:
 
     def _written_after(self, cleared: Times, began: float) -> Flags:
         dirty = np.zeros(self._workload.pages, np.bool_)
-        for pages, times in self._workload.writes(began, self.now):
-            dirty[pages[times >= cleared[pages]]] = True
+        for pages, times in self._workload.writes(began * self._speed, self.now * self._speed):
+            dirty[pages[times >= cleared[pages] * self._speed]] = True
         return dirty
