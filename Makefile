@@ -33,5 +33,5 @@ lab: setup  ## run the trackers' and the KVM machine's tests on a second kernel,
 	$(BIN)/python -m tools.lab $(LAB)
 
 clean:  ## remove .venv and all that the tools left
-	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist
+	rm -rf .venv .lab .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

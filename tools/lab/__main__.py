@@ -28,7 +28,6 @@ from tools.lab.results import Results
 PATHS: Final = ("tests/testing/test_mechanisms.py", "tests/trackers", "tests/machine/kvm", "tests/linux")
 UNRELATED: Final = (
     "tests/trackers/test_threads.py",
-    "tests/trackers/test_model_tracker.py",
     "tests/trackers/test_schedules.py::test_no_write_is_lost_whoever_clears_when[",
     "tests/trackers/test_schedules.py::test_no_write_is_lost_on_long_walks[",
 )
@@ -80,7 +79,7 @@ def command(
         raise HostError(f"the second kernel is for x86_64, and this host's programs are for {platform.machine()}")
     qemu = programs.find(QEMU, PACKAGE)
     kernel = fetch(CACHE, _say)
-    arguments = _PROMPT if shell else _pytest(paths, pytest_arguments)
+    arguments = _PROMPT if shell else pytest_command(paths, pytest_arguments)
     with _folder(keep=keep) as folder:
         initramfs = folder / "initramfs"
         _pack(initramfs, kernel, arguments)
@@ -92,7 +91,8 @@ def command(
             context.exit(_run(machine, timeout))
 
 
-def _pytest(paths: tuple[str, ...], arguments: tuple[str, ...]) -> list[str]:
+def pytest_command(paths: tuple[str, ...], arguments: tuple[str, ...]) -> list[str]:
+    """What is asked of Python there."""
     color = "--color=yes" if sys.stdout.isatty() else "--color=no"
     left_out = [f"--deselect={node}" for node in UNRELATED] if paths == PATHS else []
     return ["-m", "pytest", *_PYTEST, color, *left_out, *paths, *arguments]

@@ -3,12 +3,14 @@
 import subprocess
 import sys
 from pathlib import Path
+from typing import cast
 
 import msgspec
 import pytest
 from support.processes import ROOT
 
 from tools.lab.protocol import Event, Finished, Started
+from tools.lab.reporter import ROUNDS, pytest_itemcollected
 
 TESTS = """
 import pytest
@@ -41,6 +43,21 @@ def events(folder: Path, tests: str) -> list[Event]:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--rootdir={folder}", str(folder)]
     subprocess.run([*command, "-c", "/dev/null"], cwd=ROOT, capture_output=True)
     return [msgspec.json.decode(line, type=Event) for line in (folder / "events").read_bytes().splitlines()]
+
+
+def test_suites_have_no_more_rounds_than_emulation_has_time_for() -> None:
+    class Suite:
+        rounds = 1000
+
+        def test(self) -> None:
+            pass
+
+    class Item:
+        cls = Suite
+
+    pytest_itemcollected(cast(pytest.Item, Item()))
+    assert Suite.rounds == ROUNDS
+    pytest_itemcollected(cast(pytest.Item, object()))
 
 
 @pytest.fixture(scope="module")
