@@ -98,8 +98,7 @@ class Lanes:
             done = sender.channel.expect(PassDone)
             if done.number != number:
                 raise ProtocolError(f"the destination has pass {done.number} when pass {number} was sent")
-            if done.decoded:
-                sender.economy.decoding = done.decode_ns / 1e9 / done.decoded
+            sender.economy.decoded(done.decoded, done.decode_ns / 1e9)
             starved = max(starved, done.starved_ns)
         return sent, starved / 1e9
 
