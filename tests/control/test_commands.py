@@ -16,6 +16,7 @@ import pytest
 from qemu.qmp import ExecuteError
 from qemu.qmp import QMPClient as PeerClient
 from support.checkpoints import Checkpoint, Moment, install
+from support.fake_machine import FakeMachine
 from support.guests import KVM_RAM, Guest, check_memory, check_runs_on, machine, wait_for_rounds
 from support.require import require
 from support.waiting import BOUND, wait_until
@@ -397,6 +398,13 @@ class TestParameters:
         "multifd-channels": 2,
         "multifd-compression": "none",
         "xbzrle-cache-size": 64 * MIB,
+        "throttle-trigger-threshold": 50,
+        "cpu-throttle-initial": 20,
+        "cpu-throttle-increment": 10,
+        "cpu-throttle-tailslow": False,
+        "max-cpu-throttle": 99,
+        "vcpu-dirty-limit": 1,
+        "x-vcpu-dirty-limit-period": 1000,
         "x-clear-chunk": 128 * MIB,
         "x-verify": False,
     }
@@ -415,6 +423,17 @@ class TestParameters:
             ("multifd-channels", 64),
             ("multifd-compression", "zstd"),
             ("xbzrle-cache-size", 4096),
+            ("throttle-trigger-threshold", 1),
+            ("throttle-trigger-threshold", 100),
+            ("cpu-throttle-initial", 1),
+            ("cpu-throttle-initial", 99),
+            ("cpu-throttle-increment", 1),
+            ("cpu-throttle-increment", 99),
+            ("cpu-throttle-tailslow", True),
+            ("max-cpu-throttle", 20),
+            ("vcpu-dirty-limit", 1000),
+            ("x-vcpu-dirty-limit-period", 1),
+            ("x-vcpu-dirty-limit-period", 999),
             ("x-clear-chunk", 1),
             ("x-verify", True),
         ],
@@ -454,7 +473,19 @@ class TestParameters:
             ("x-clear-chunk", 0),
             ("x-clear-chunk", 1 << 63),
             ("x-verify", 1),
-            ("cpu-throttle-initial", 20),
+            ("throttle-trigger-threshold", 0),
+            ("throttle-trigger-threshold", 101),
+            ("cpu-throttle-initial", 0),
+            ("cpu-throttle-initial", 100),
+            ("cpu-throttle-increment", 0),
+            ("cpu-throttle-increment", 100),
+            ("cpu-throttle-tailslow", 1),
+            ("max-cpu-throttle", 100),
+            ("max-cpu-throttle", 19),  # less than the first throttle
+            ("vcpu-dirty-limit", 0),
+            ("vcpu-dirty-limit", 1 << 32),
+            ("x-vcpu-dirty-limit-period", 0),
+            ("x-vcpu-dirty-limit-period", 1001),
             ("downtime_limit", 300),
         ],
     )
@@ -509,6 +540,7 @@ class TestCapabilities:
             ("postcopy-ram", True, "the capability 'postcopy-ram' is not offered here"),
             ("rdma-pin-all", True, "the capability 'rdma-pin-all' is not offered here"),
             ("toaster", False, "there is no capability 'toaster'"),
+            ("dirty-limit", True, "a machine of kind 'fake' does not know which vCPU writes"),
             ("multifd", 1, "invalid parameter"),
         ],
     )
@@ -518,6 +550,20 @@ class TestCapabilities:
         error = fake.peer.refused("migrate-set-capabilities", **self._set(fake.peer, xbzrle=True, **{name: state}))
         assert (error.error_class, cause in str(error)) == ("GenericError", True)
         assert not any(one["state"] for one in fake.peer.execute("query-migrate-capabilities"))
+
+    def test_guest_is_slowed_down_in_one_way_only(self, fake: Served) -> None:
+        assert isinstance(fake.guest, FakeMachine)
+        fake.guest.can_limit = True
+        both = self._set(fake.peer, auto_converge=True, dirty_limit=True)
+        assert "exclude each other" in str(fake.peer.refused("migrate-set-capabilities", **both))
+        fake.peer.execute("migrate-set-capabilities", **self._set(fake.peer, auto_converge=True))
+        for one in ({"dirty_limit": True}, {"dirty_limit": True, "xbzrle": True}):
+            error = fake.peer.refused("migrate-set-capabilities", **self._set(fake.peer, **one))
+            assert (error.error_class, "exclude each other" in str(error)) == ("GenericError", True)
+        on = {one["capability"] for one in fake.peer.execute("query-migrate-capabilities") if one["state"]}
+        assert on == {"auto-converge"}
+        other = self._set(fake.peer, auto_converge=False, dirty_limit=True)
+        fake.peer.execute("migrate-set-capabilities", **other)
 
     def test_none_changes_while_a_migration_is_under_way(self, fake: Served, silent: None, uri: str) -> None:
         fake.peer.execute("migrate", uri=uri)
@@ -710,7 +756,8 @@ class TestAsInQEMU:
     def test_parameters_have_its_names_and_types(self, fake: Served, qemu: Peer) -> None:
         ours, theirs = (peer.execute("query-migrate-parameters") for peer in (fake.peer, qemu))
         if "avail-switchover-bandwidth" not in theirs:  # before QEMU 8.2
-            del ours["avail-switchover-bandwidth"]
+            for name in ("avail-switchover-bandwidth", "vcpu-dirty-limit", "x-vcpu-dirty-limit-period"):
+                del ours[name]
         _check_same_shape(ours, theirs)
 
     def test_capabilities_are_all_that_it_has(self, fake: Served, qemu: Peer) -> None:

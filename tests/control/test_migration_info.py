@@ -18,6 +18,7 @@ from dirtylog.migration import (
     PassStatistics,
     Statistics,
     Status,
+    Verdict,
     parse_address,
 )
 from dirtylog.migration.economy import Way
@@ -40,6 +41,16 @@ _PASSES: Final = st.builds(
     ways=_WAYS,
     expected_downtime=st.sampled_from((0.0, 0.01, math.inf)) | st.floats(0.01, 1e18),
 )
+_NUMBERS: Final = st.sampled_from((0.0, math.inf)) | st.floats(0, 1e18)
+_VERDICTS: Final = st.builds(
+    Verdict,
+    converges=st.none() | st.booleans(),
+    seconds=_NUMBERS,
+    downtime=_NUMBERS,
+    needed_limit=_NUMBERS,
+    needed_bandwidth=_NUMBERS,
+    needed_throttle=st.floats(0, 1),
+)
 _STATISTICS: Final = st.builds(
     Statistics,
     total_bytes=_COUNTS,
@@ -54,6 +65,8 @@ _STATISTICS: Final = st.builds(
     found=_COUNTS,
     missed=_COUNTS,
     overflowed=_COUNTS,
+    verdict=st.none() | _VERDICTS,
+    throttle=st.integers(0, 99),
     verify_seconds=_SECONDS,
     digests=st.dictionaries(st.text(max_size=3), st.binary(max_size=4), max_size=2),
 )

@@ -63,6 +63,7 @@ class FakeMachine(Machine):
     Attributes:
         can_limit: whether it takes limits for who writes, which do nothing.
         limits: those it was given, and their periods.
+        written: how many pages its vCPUs wrote, where it can limit them.
     """
 
     kind = "fake"
@@ -81,6 +82,7 @@ class FakeMachine(Machine):
         self._pause = _PAUSE_SECONDS
         self.can_limit = False
         self.limits: list[tuple[int, float]] = []
+        self.written = [0]
         self._trackers: dict[str, _SharedTracker] = {}
         root = self.memory.container("system")
         root.add(self.memory.ram("ram", ram_pages * PAGE_SIZE), 0)
@@ -112,9 +114,13 @@ class FakeMachine(Machine):
     def _throttle(self, share: float) -> None:
         self._pause = _PAUSE_SECONDS / (1 - share)
 
-    def check_dirty_limit(self) -> None:
-        if not self.can_limit:
-            super().check_dirty_limit()
+    @property
+    def has_dirty_rings(self) -> bool:
+        return self.can_limit
+
+    def dirty_pages(self) -> tuple[int, ...]:
+        self.check_dirty_limit()
+        return tuple(self.written)
 
     def limit_dirty_rate(self, quota: int, cpu: int | None = None, *, period: float = 1.0) -> None:
         self.check_dirty_limit()

@@ -8,6 +8,7 @@ from dirtylog.control.machine_commands import MachineCommands
 from dirtylog.control.migration_commands import MigrationCommands
 from dirtylog.control.migration_info import MigrationInfo, PassInfo
 from dirtylog.control.qmp import CommandRegistry, QMPServer
+from dirtylog.control.rate_commands import RateCommands
 from dirtylog.control.settings import Capability
 from dirtylog.control.watch_commands import WatchCommands
 from dirtylog.machine import RunState
@@ -19,7 +20,12 @@ class Commands:
     """The commands of one controller's machine."""
 
     def __init__(self, controller: Controller) -> None:
-        self._subjects = (MachineCommands(controller), MigrationCommands(controller), WatchCommands(controller))
+        self._subjects = (
+            MachineCommands(controller),
+            MigrationCommands(controller),
+            RateCommands(controller),
+            WatchCommands(controller),
+        )
 
     def register(self, registry: CommandRegistry) -> None:
         """Add them all to a registry."""

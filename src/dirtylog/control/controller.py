@@ -3,13 +3,12 @@
 import contextlib
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from enum import Enum
 from queue import SimpleQueue
 from typing import Any, Final
 
 from dirtylog.control.settings import Capability, Settings
-from dirtylog.display import WriteSampler
+from dirtylog.display import DirtyRateMeter, WriteSampler
 from dirtylog.errors import DirtylogError, HostError, UsageError
 from dirtylog.machine import Machine, RunState
 from dirtylog.machine.machine import ENDED
@@ -44,6 +43,7 @@ class Controller:
     Attributes:
         machine: what it controls.
         sampler: tells which pages it writes.
+        rate_meter: tells how fast it writes.
         settings: of the migration under way and of later ones.
         outgoing: the last migration away from here, or None.
         migration_observers: told each new status of a migration away from here.
@@ -54,6 +54,7 @@ class Controller:
     def __init__(self, machine: Machine) -> None:
         self.machine = machine
         self.sampler = WriteSampler(machine.memory)
+        self.rate_meter = DirtyRateMeter(machine, self.sampler)
         self.settings = Settings()
         self.outgoing: OutgoingMigration | None = None
         self.migration_observers: list[Callable[[Status], None]] = []
@@ -96,6 +97,7 @@ class Controller:
                 thread.join(_JOIN_TIMEOUT)
                 if thread.is_alive():
                     raise HostError(f"{thread.name} did not end within {_JOIN_TIMEOUT:.0f} s")
+            self.rate_meter.close()
         finally:
             self.machine.close()
 
@@ -147,13 +149,28 @@ class Controller:
         """Switch some capabilities on or off, for later migrations.
 
         Raises:
-            UsageError: a migration is under way.
+            UsageError: a migration is under way, they exclude each other, or this machine cannot do that.
         """
         with self._lock:
             if self._is_migrating:
                 raise UsageError("a migration is under way", remedy="wait for it, or cancel it with migrate_cancel")
-            on = {capability for capability, state in changes.items() if state}
-            self.settings = replace(self.settings, capabilities=self.settings.capabilities - changes.keys() | on)
+            if changes.get(Capability.DIRTY_LIMIT):
+                self.machine.check_dirty_limit()
+            self.settings = self.settings.with_capabilities(changes)
+
+    def limit_dirty_rate(self, quota: int, cpu: int | None) -> None:
+        """See `Machine.limit_dirty_rate`.
+
+        Raises:
+            UsageError: a migration limits it, there is no such vCPU, or this machine cannot do that.
+        """
+        with self._lock:
+            if self._is_migrating and Capability.DIRTY_LIMIT in self.settings.capabilities:
+                raise UsageError(
+                    "the migration under way limits vCPUs",
+                    remedy="set its vcpu-dirty-limit with migrate-set-parameters, or wait for its end",
+                )
+            self.machine.limit_dirty_rate(quota, cpu)
 
     def receive(self, listener: Listener) -> None:
         """Wait for a machine to arrive here; `wait` raises if that fails."""

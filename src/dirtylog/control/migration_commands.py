@@ -70,6 +70,13 @@ class MigrationParameters(Arguments, frozen=True, omit_defaults=True):
     multifd_channels: Annotated[int, Meta(ge=1, le=255)] | UnsetType = UNSET
     multifd_compression: Literal["none", "zstd"] | UnsetType = UNSET
     xbzrle_cache_size: Annotated[int, Meta(ge=PAGE_SIZE)] | UnsetType = UNSET
+    throttle_trigger_threshold: Annotated[int, Meta(ge=1, le=100)] | UnsetType = UNSET
+    cpu_throttle_initial: Annotated[int, Meta(ge=1, le=99)] | UnsetType = UNSET
+    cpu_throttle_increment: Annotated[int, Meta(ge=1, le=99)] | UnsetType = UNSET
+    cpu_throttle_tailslow: bool | UnsetType = UNSET
+    max_cpu_throttle: Annotated[int, Meta(ge=1, le=99)] | UnsetType = UNSET
+    vcpu_dirty_limit: Annotated[int, Meta(ge=1)] | UnsetType = UNSET
+    x_vcpu_dirty_limit_period: Annotated[int, Meta(ge=1, le=1000)] | UnsetType = UNSET
     x_clear_chunk: Annotated[int, Meta(ge=1)] | UnsetType = UNSET
     x_verify: bool | UnsetType = UNSET
 
@@ -79,10 +86,20 @@ _NAMES: Final = {
     "avail_switchover_bandwidth": "switchover_bandwidth",
     "multifd_channels": "channels",
     "xbzrle_cache_size": "delta_cache",
+    "vcpu_dirty_limit": "vcpu_dirty_limit",
     "x_clear_chunk": "clear_chunk",
     "x_verify": "verify",
 }
 """Fields of `MigrationParameters` whose values `Parameters` has as they are, by another name."""
+
+_THROTTLE_NAMES: Final = {
+    "throttle_trigger_threshold": "trigger",
+    "cpu_throttle_initial": "initial",
+    "cpu_throttle_increment": "increment",
+    "cpu_throttle_tailslow": "tailslow",
+    "max_cpu_throttle": "maximum",
+}
+"""Those that `Parameters.throttle` has."""
 
 
 class CapabilityStatus(Struct, frozen=True, forbid_unknown_fields=True):
@@ -118,8 +135,15 @@ class MigrationCommands:
         changes: dict[str, Any] = {
             ours: value for name, ours in _NAMES.items() if (value := getattr(wanted, name)) is not UNSET
         }
+        throttle = {
+            ours: value for name, ours in _THROTTLE_NAMES.items() if (value := getattr(wanted, name)) is not UNSET
+        }
+        if throttle:
+            changes["throttle"] = throttle
         if not isinstance(wanted.downtime_limit, UnsetType):
             changes["downtime_limit"] = wanted.downtime_limit * _MILLISECOND
+        if not isinstance(wanted.x_vcpu_dirty_limit_period, UnsetType):
+            changes["dirty_limit_period"] = wanted.x_vcpu_dirty_limit_period * _MILLISECOND
         if not isinstance(wanted.multifd_compression, UnsetType):
             changes["compression"] = _COMPRESSIONS[wanted.multifd_compression]
         self._controller.change_parameters(**changes)
@@ -129,7 +153,9 @@ class MigrationCommands:
         return MigrationParameters(
             downtime_limit=ms(now.downtime_limit),
             multifd_compression="none" if now.compression is Compression.NONE else "zstd",
+            x_vcpu_dirty_limit_period=ms(now.dirty_limit_period),
             **{name: getattr(now, ours) for name, ours in _NAMES.items()},
+            **{name: getattr(now.throttle, ours) for name, ours in _THROTTLE_NAMES.items()},
         )
 
     def _set_capabilities(self, wanted: CapabilitiesArguments) -> None:

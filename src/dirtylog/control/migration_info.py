@@ -9,7 +9,8 @@ from typing import Final
 
 from msgspec import Struct, field
 
-from dirtylog.migration import DowntimeParts, OutgoingMigration, PassStatistics, Statistics, Status
+from dirtylog.machine import DirtyLimit
+from dirtylog.migration import DowntimeParts, OutgoingMigration, PassStatistics, Statistics, Status, Verdict
 from dirtylog.migration.economy import Way
 from dirtylog.migration.statistics import Ways
 from dirtylog.units import PAGE_SIZE
@@ -77,6 +78,7 @@ class PassInfo(Struct, frozen=True, rename="kebab", omit_defaults=True):
     dirtied: int
     bandwidth: float
     expected_downtime: float | None
+    throttle: int = 0
     ways: dict[str, WayInfo] = field(default_factory=dict)
 
 
@@ -89,9 +91,25 @@ class DowntimePartsInfo(Struct, frozen=True, rename="kebab"):
     handover: int
 
 
+class VerdictInfo(Struct, frozen=True, kw_only=True, rename="kebab"):
+    """What is to be expected if all goes on as it does, for x-verdict: see `migration.Verdict`.
+
+    converges: null while it is too early to tell. seconds, downtime and what would be needed: null for never, or for
+    more than can be had. needed-throttle in percent.
+    """
+
+    converges: bool | None
+    seconds: float | None
+    downtime: float | None
+    needed_limit: float | None
+    needed_bandwidth: float | None
+    needed_throttle: float
+
+
 class MigrationInfo(Struct, frozen=True, kw_only=True, rename="kebab", omit_defaults=True):
     """Result of query-migrate if there was a migration. Times in milliseconds where the name does not say else.
 
+    cpu-throttle-percentage is there while auto-converge throttles, the two about dirty-limit while that limits.
     xbzrle-cache is there if differences are allowed. x-passes has the last `MOST_PASSES` passes, in order; x-ways what
     became of all pages with contents; x-digests is there after a migration that compared memory.
     """
@@ -103,7 +121,11 @@ class MigrationInfo(Struct, frozen=True, kw_only=True, rename="kebab", omit_defa
     xbzrle_cache: XBZRLECacheInfo | None = None
     expected_downtime: int | None = None
     downtime: int | None = None
+    cpu_throttle_percentage: int | None = None
+    dirty_limit_throttle_time_per_round: int | None = None
+    dirty_limit_ring_full_time: int | None = None
     error_desc: str | None = None
+    x_verdict: VerdictInfo | None = None
     x_passes: list[PassInfo]
     x_ways: dict[str, WayInfo] = field(default_factory=dict)
     x_downtime_us: int | None = None
@@ -116,7 +138,7 @@ def describe(outgoing: OutgoingMigration) -> MigrationInfo:
     """A migration as query-migrate shows it."""
     status = outgoing.status  # first: what it stands for was in place before it
     statistics, completed = outgoing.statistics, status is Status.COMPLETED
-    passes = list(statistics.passes)
+    passes, limits = list(statistics.passes), outgoing.dirty_limits
     expected = None if outgoing.ended else next(filter(None, map(_expected_downtime, reversed(passes))), None)
     return MigrationInfo(
         status=status.value,
@@ -124,6 +146,10 @@ def describe(outgoing: OutgoingMigration) -> MigrationInfo:
         setup_time=ms(statistics.setup_seconds),
         expected_downtime=None if expected is None else ms(expected),
         downtime=ms(statistics.downtime) if completed else None,
+        cpu_throttle_percentage=statistics.throttle or None,
+        dirty_limit_throttle_time_per_round=_us(max(limit.penalty for limit in limits)) if limits else None,
+        dirty_limit_ring_full_time=_ring_full_us(limits) if limits else None,
+        x_verdict=_verdict_info(statistics.verdict),
         error_desc=str(outgoing.error) if status is Status.FAILED else None,
         ram=_ram_info(outgoing, passes),
         xbzrle_cache=_cache_info(outgoing.agreed.delta_cache, statistics),
@@ -134,6 +160,29 @@ def describe(outgoing: OutgoingMigration) -> MigrationInfo:
         x_verify_us=_us(statistics.verify_seconds) if statistics.digests else None,
         x_digests={name: digest.hex() for name, digest in statistics.digests.items()} or None,
     )
+
+
+def _ring_full_us(limits: Sequence[DirtyLimit]) -> int:
+    """On average, of the vCPUs that fill their rings at all."""
+    times = [limit.ring_full for limit in limits if limit.ring_full]
+    return _us(sum(times) / len(times)) if times else 0
+
+
+def _verdict_info(verdict: Verdict | None) -> VerdictInfo | None:
+    if verdict is None:
+        return None
+    return VerdictInfo(
+        converges=verdict.converges,
+        seconds=_finite(verdict.seconds),
+        downtime=_finite(verdict.downtime),
+        needed_limit=_finite(verdict.needed_limit),
+        needed_bandwidth=_finite(verdict.needed_bandwidth),
+        needed_throttle=round(verdict.needed_throttle * 100, 1),
+    )
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 def ms(seconds: float) -> int:
@@ -217,5 +266,6 @@ def _pass_info(one: PassStatistics) -> PassInfo:
         dirtied=one.dirtied,
         bandwidth=one.bandwidth,
         expected_downtime=_expected_downtime(one),
+        throttle=one.throttle,
         ways=_ways_info(one.ways),
     )

@@ -1,11 +1,12 @@
 """What operators set about migrations, as QEMU divides it: capabilities that are on or off, and parameters."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any, Final
 
 from dirtylog.errors import UsageError
-from dirtylog.migration import Parameters
+from dirtylog.migration import Parameters, Slowdown
 from dirtylog.units import MIB
 
 
@@ -13,8 +14,10 @@ class Capability(Enum):
     """What can be switched on, in QEMU's words."""
 
     XBZRLE = "xbzrle"
+    AUTO_CONVERGE = "auto-converge"
     EVENTS = "events"
     MULTIFD = "multifd"
+    DIRTY_LIMIT = "dirty-limit"
 
 
 _DEFAULTS: Final = Parameters(channels=2, delta_cache=64 * MIB)
@@ -41,14 +44,35 @@ class Settings:
             self.parameters,
             channels=self.parameters.channels if Capability.MULTIFD in self.capabilities else 1,
             delta_cache=self.parameters.delta_cache if Capability.XBZRLE in self.capabilities else 0,
+            slowdown=self._slowdown,
         )
 
+    @property
+    def _slowdown(self) -> Slowdown:
+        if Capability.DIRTY_LIMIT in self.capabilities:
+            return Slowdown.DIRTY_LIMIT
+        return Slowdown.AUTO_CONVERGE if Capability.AUTO_CONVERGE in self.capabilities else Slowdown.NONE
+
+    def with_capabilities(self, changes: Mapping[Capability, bool]) -> "Settings":
+        """Settings in which some capabilities are switched.
+
+        Raises:
+            UsageError: two are on that exclude each other.
+        """
+        on = self.capabilities - changes.keys() | {capability for capability, state in changes.items() if state}
+        if {Capability.AUTO_CONVERGE, Capability.DIRTY_LIMIT} <= on:
+            raise UsageError("auto-converge and dirty-limit exclude each other", remedy="switch one of them off")
+        return replace(self, capabilities=on)
+
     def with_parameters(self, **changes: Any) -> "Settings":
-        """Settings in which some parameters are others.
+        """Settings in which some parameters are others; ``throttle`` may be a mapping of what is to change in it.
 
         Raises:
             UsageError: a value is out of range.
         """
+        throttle = changes.get("throttle")
+        if isinstance(throttle, Mapping):
+            changes["throttle"] = replace(self.parameters.throttle, **throttle)
         return replace(self, parameters=replace(self.parameters, **changes))
 
     def check_change(self, new: "Settings") -> None:

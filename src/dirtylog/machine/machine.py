@@ -92,13 +92,30 @@ class Machine(ABC):
         """The vCPUs that may not write as fast as they can, and what that costs them."""
         return ()
 
+    @property
+    def has_dirty_rings(self) -> bool:
+        """Whether it knows which vCPU writes."""
+        return False
+
+    def dirty_pages(self) -> tuple[int, ...]:
+        """For each vCPU, how many pages it wrote that were logged. Two of these make a rate.
+
+        Raises:
+            UsageError: the machine does not know which vCPU writes.
+        """
+        raise self._without_rings()
+
     def check_dirty_limit(self) -> None:
         """Refuse a limit for who writes.
 
         Raises:
-            UsageError: those who write cannot be told apart here.
+            UsageError: the machine does not know which vCPU writes.
         """
-        raise UsageError(
+        if not self.has_dirty_rings:
+            raise self._without_rings()
+
+    def _without_rings(self) -> UsageError:
+        return UsageError(
             f"a machine of kind {self.kind!r} does not know which vCPU writes",
             remedy="run the guest under KVM with the dirty log 'ring'",
         )
@@ -115,7 +132,7 @@ class Machine(ABC):
             UsageError: see `check_dirty_limit`, or there is no such vCPU.
         """
         del quota, cpu, period
-        self.check_dirty_limit()
+        raise self._without_rings()
 
     def resume(self) -> None:
         """Run; nothing to do if it does.

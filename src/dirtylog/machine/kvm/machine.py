@@ -157,10 +157,10 @@ class KVMMachine(PCMachine):
         """See `Machine.dirty_limits`."""
         return () if self._limiter is None else self._limiter.limits
 
-    def check_dirty_limit(self) -> None:
-        """See `Machine.check_dirty_limit`."""
-        if self._limiter is None:
-            raise self._without_rings()
+    @property
+    def has_dirty_rings(self) -> bool:
+        """See `Machine.has_dirty_rings`."""
+        return self.log_mode is KVMLogMode.RING
 
     def limit_dirty_rate(self, quota: int, cpu: int | None = None, *, period: float = DEFAULT_PERIOD) -> None:
         """See `Machine.limit_dirty_rate`. What counts as written is what is in the rings, see `dirty_pages`."""
