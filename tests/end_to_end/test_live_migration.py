@@ -82,6 +82,33 @@ def test_guest_moves_to_another_process_and_runs_on(place: Place, uri: str | Non
     assert place.left() == []
 
 
+@pytest.mark.parametrize(
+    ("options", "multifd"),
+    [
+        (("--channels", "2"), True),
+        (("--channels", "2", "--bandwidth", "64M"), True),
+        (("--bandwidth", "64M", "--delta-cache", "1M"), False),
+        (("--channels", "4", "--compression", "none", "--delta-cache", "0"), True),
+    ],
+    ids=["two-channels", "all-on-a-slow-link", "small-cache-on-a-slow-link", "nothing-but-channels"],
+)
+def test_guest_moves_in_every_way_and_runs_on(place: Place, options: tuple[str, ...], multifd: bool) -> None:
+    with _pair(place, "--cpus", "2") as (source, destination):
+        with _migrate(place, _uri(destination), "--verify", "--json", *options) as migration:
+            assert migration.wait() == 0, migration.err
+            report = msgspec.json.decode(migration.out)
+        ways = report["x-ways"]
+        assert sum(way["pages"] for way in ways.values()) == report["ram"]["normal"]
+        assert (report["ram"]["multifd-bytes"] > 0) is multifd
+        if "64M" in options:  # what the dirtier writes is nearly all zeros
+            assert sum(way["saved"] for way in ways.values()) > 0.2 * report["ram"]["normal-bytes"]
+        if "none" in options:
+            assert ways.keys() == {"plain"}
+        assert source.state == "postmigrate"
+        place.check_runs_on(destination)
+        assert destination.err.count("\n") == 1
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
 def test_signal_stops_a_running_guest_cleanly(place: Place, number: signal.Signals) -> None:
     with place.source() as source:
@@ -100,9 +127,9 @@ def test_signal_stops_a_waiting_destination_cleanly(place: Place) -> None:
 
 
 @contextmanager
-def _under_way(place: Place) -> Iterator[tuple[Run, Run, Process]]:
+def _under_way(place: Place, options: tuple[str, ...] = ENDLESS) -> Iterator[tuple[Run, Run, Process]]:
     """A migration that sends and does not end."""
-    with _pair(place) as (source, destination), _migrate(place, _uri(destination), *ENDLESS) as migration:
+    with _pair(place) as (source, destination), _migrate(place, _uri(destination), *options) as migration:
         wait_until(lambda: len(source.qmp.execute("query-migrate").get("x-passes", ())) > 1, "a pass was sent")
         yield source, destination, migration
 
@@ -116,8 +143,14 @@ def _line(text: str) -> str:
     return lines[0].removeprefix("dirtylog: error: ")
 
 
-def test_destination_that_is_killed_leaves_the_guest_running(place: Place) -> None:  # M2
-    with _under_way(place) as (source, destination, migration):
+_EITHER = pytest.mark.parametrize(
+    "options", [ENDLESS, (*ENDLESS, "--channels", "3")], ids=["one-channel", "three-channels"]
+)
+
+
+@_EITHER
+def test_destination_that_is_killed_leaves_the_guest_running(place: Place, options: tuple[str, ...]) -> None:  # M2
+    with _under_way(place, options) as (source, destination, migration):
         destination.kill()
         assert migration.wait() == 5
         assert _line(migration.err).startswith(
@@ -127,8 +160,11 @@ def test_destination_that_is_killed_leaves_the_guest_running(place: Place) -> No
         _migrates(place, source)
 
 
-def test_source_that_is_killed_ends_the_destination_without_the_guest(place: Place) -> None:  # M6
-    with _under_way(place) as (source, destination, migration):
+@_EITHER
+def test_source_that_is_killed_ends_the_destination_without_the_guest(
+    place: Place, options: tuple[str, ...]
+) -> None:  # M6
+    with _under_way(place, options) as (source, destination, migration):
         source.kill()
         assert destination.wait() == 5
         assert _line(destination.err) == (
@@ -140,8 +176,9 @@ def test_source_that_is_killed_ends_the_destination_without_the_guest(place: Pla
         _line(migration.err)
 
 
-def test_interrupted_migration_leaves_the_guest_running(place: Place) -> None:  # M2
-    with _under_way(place) as (source, destination, migration):
+@_EITHER
+def test_interrupted_migration_leaves_the_guest_running(place: Place, options: tuple[str, ...]) -> None:  # M2
+    with _under_way(place, options) as (source, destination, migration):
         migration.signal(signal.SIGINT)
         assert migration.wait() == 130
         assert _line(migration.err) == "the migration was cancelled; the guest is running on the source"

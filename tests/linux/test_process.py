@@ -122,11 +122,7 @@ def test_time_without_cpu_of_another_thread_can_be_asked_for() -> None:
     own = threading.get_native_id()
     before = thread_starved_ns()
     assert before <= thread_starved_ns(own) <= thread_starved_ns()
-    thread = threading.Thread(target=lambda: None)
-    thread.start()
-    thread.join()
-    assert thread.native_id is not None
-    assert thread_starved_ns(thread.native_id) == 0  # it has ended
+    assert thread_starved_ns(1 << 30) == 0  # no thread has such a number
 
 
 def test_kernel_without_the_counter_counts_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -105,7 +105,7 @@ class _Run:
                 self.index += 1
             self.link.wait()
             if isinstance(self.choice, Economy):
-                self.choice.decoding = self.link.decoding
+                self.choice.decoded(_PASS * _BATCH, self.link.decoding * _PASS * _BATCH)
         return self.link.now - began
 
     def _batch(self, made: Contents) -> None:
@@ -131,7 +131,7 @@ def test_choice_ends_up_close_to_the_best_of_all_ways(name: str, seconds: float,
     chosen = _Run(_Link(seconds, decoding, buffer), Economy(_ALL))
     chosen.send(contents, 3)
     best = min(_Run(_Link(seconds, decoding, buffer), way).send(contents, 4) for way in Way)
-    assert chosen.send(contents, 4) <= 1.06 * best
+    assert chosen.send(contents, 4) <= 1.09 * best  # one measurement of the link may fall into it
 
 
 def test_link_that_needs_no_help_costs_next_to_nothing_from_the_start() -> None:
@@ -215,11 +215,18 @@ def test_limit_counts_as_a_slow_link_before_anything_was_measured() -> None:
     assert economy.choose() is Way.PLAIN
 
 
+def test_link_under_a_limit_is_not_measured_before_that_costs_little() -> None:
+    economy = _knowing((Way.FAST,), 0.0, limit=64 * MIB)
+    for _ in range(60):
+        assert economy.choose() is Way.FAST
+        economy.sent_encoded(Way.FAST, _BATCH, _BATCH // 10, 1e-9 * _BATCH, 0.001)
+
+
 def test_nothing_is_tried_before_the_link_is_known() -> None:
     economy = Economy(_ALL)
     assert (economy.choose(known=True), economy.to_sample(known=True)) == (Way.PLAIN, None)
-    for _ in range(4):
-        economy.sent_plain(_BATCH, 0.01)
+    for seconds in (0.0, 0.0, 0.0, 5.0, 0.01):  # of what tells, one was held up
+        economy.sent_plain(_BATCH, seconds)
     assert economy.link == pytest.approx(0.01 / _BATCH)
     assert economy.to_sample() is Way.FAST
 
@@ -260,6 +267,18 @@ def test_thorough_way_is_not_even_sampled_where_its_work_alone_takes_too_long() 
     assert economy.to_sample() is None
     economy.link = 100e-9
     assert economy.to_sample() is Way.THOROUGH
+
+
+def test_destination_that_was_held_up_in_one_pass_is_not_slow() -> None:
+    economy = _knowing((Way.FAST,), _GBIT)
+    for seconds in (1e-9, 1e-6, 2e-9, 1e-6):
+        economy.decoded(MIB, seconds * MIB)
+    assert economy.decoding == pytest.approx(2e-9)
+    economy.decoded(MIB, 1e-6 * MIB)
+    assert economy.choose() is Way.PLAIN
+    for _ in range(2):
+        economy.decoded(TELLING - 1, 0.0)  # says nothing
+    assert economy.choose() is Way.PLAIN
 
 
 def test_two_hiccups_apart_are_not_blamed_on_the_destination() -> None:

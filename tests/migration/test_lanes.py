@@ -272,6 +272,14 @@ def test_limit_is_shared_by_the_channels(stack: ExitStack) -> None:
         assert {sender.economy.limit for sender in line.senders} == {share}
 
 
+def test_limit_is_lifted_where_the_link_is_known(stack: ExitStack) -> None:
+    line = _Line(stack, 2)
+    line.lanes.limit(1000)
+    line.senders[1].economy.link = 1e-9
+    line.lanes.lift_limit()
+    assert [sender.economy.limit for sender in line.senders] == [500, 0]
+
+
 @pytest.mark.parametrize(
     ("parameters", "ways"),
     [

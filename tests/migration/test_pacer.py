@@ -67,6 +67,37 @@ def test_time_that_sending_took_counts(clock: _Clock) -> None:
     assert clock.now == pytest.approx(1000.1 + 0.05 + 0.1)
 
 
+def test_wait_that_took_too_long_is_made_up_for(clock: _Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    def oversleep(timeout: float | None = None) -> bool:
+        assert timeout is not None
+        clock.now += timeout + (0.005 if timeout else 0)
+        return False
+
+    monkeypatch.setattr(clock, "wait", oversleep)
+    pacer = _Paced(clock)
+    for _ in range(100):
+        pacer.send(100, 1000)
+    assert clock.now == pytest.approx(1010.0, abs=0.02)
+
+
+def test_wait_that_took_very_long_is_made_up_for_by_a_slice_at_most(
+    clock: _Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pacer = _Paced(clock)
+    wait = clock.wait
+
+    def suspended(timeout: float | None = None) -> bool:
+        clock.now += 60
+        return wait(timeout)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(clock, "wait", suspended)
+        pacer.send(10, 1000)
+    before = clock.now
+    pacer.send(1000, 1000)
+    assert clock.now == pytest.approx(before + 0.9)
+
+
 def test_idle_time_is_not_made_up_for(clock: _Clock) -> None:
     pacer = _Paced(clock)
     pacer.send(1, 1000)

@@ -65,7 +65,7 @@ class WayInfo(Struct, frozen=True, rename="kebab"):
     saved: int
 
 
-class PassInfo(Struct, frozen=True, rename="kebab"):
+class PassInfo(Struct, frozen=True, rename="kebab", omit_defaults=True):
     """One pass, for x-passes: see `migration.PassStatistics`. Times in seconds; expected-downtime may be unknown."""
 
     number: int

@@ -8,6 +8,7 @@ What a way would make of the guest's contents is found out on samples, which are
 measured on batches that are sent plain. Both are repeated, as often as that takes a small share of the time only.
 """
 
+from collections import deque
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Final
@@ -18,11 +19,13 @@ TELLING: Final = 256 * KIB
 """Batches and samples of fewer bytes say more about calls than about bytes."""
 _BUFFERED: Final = 3
 """Batches that vanish in the sockets' buffers before the link's speed shows."""
-_TRIAL: Final = _BUFFERED + 2
+_MEASURED: Final = 2
+"""Batches whose time then tells the link's speed: the shortest, since anything may hold one up for a moment."""
+_TRIAL: Final = _BUFFERED + _MEASURED
 """Batches that are sent plain in a row to measure the link."""
 _SHARE: Final = 1 / 64
 """Of the time, that measuring one way may take."""
-_WORTH: Final = 0.95
+_WORTH: Final = 0.9
 """The cost of a way that is worth it, beside that of sending plain."""
 _WEIGHT: Final = 0.25
 """Of the newest of measurements in their mean."""
@@ -30,7 +33,7 @@ _EPOCH: Final = 8
 """Encoded batches after which it is seen how much of their work was hidden by the link's."""
 _SLOW: Final = 1.1
 """Two epochs in a row that take so many times what they should are the destination's doing."""
-_UNKNOWN_DECODING: Final = 1 / 1.5e9
+_UNKNOWN_DECODING: Final = 1 / 400e6
 """Seconds a byte that a destination is thought to take for decoding until it has said so itself."""
 
 
@@ -95,10 +98,15 @@ class Economy:
     limit: int = 0
     _accounts: dict[Way, _Account] = field(default_factory=lambda: {way: _Account() for way in Way})
     _epoch: _Epoch = field(default_factory=_Epoch)
+    _measured: deque[float] = field(default_factory=lambda: deque(maxlen=_MEASURED))
+    """Seconds a byte of the last batches that told something of the link."""
+    _decoded: deque[float] = field(default_factory=lambda: deque(maxlen=2))
+    """Seconds a byte that the destination said it took, in the last passes."""
     _now: float = 0.0
     """A clock that runs while something is worked on or sent."""
     _plain: int = 0
     """Batches that were sent plain in a row, in this pass."""
+    _trial_due: float = 0.0
     _trial: int = 0
     """Batches that are still to be sent plain to measure the link."""
     _behind: float = 0.0
@@ -107,6 +115,12 @@ class Economy:
     def begin_pass(self) -> None:
         """A new pass begins: the sockets' buffers are empty."""
         self._plain = 0
+
+    def decoded(self, memory: int, seconds: float) -> None:
+        """Take note of how long the destination took to decode in a pass. One pass may have been held up: two count."""
+        if memory >= TELLING:
+            self._decoded.append(seconds / memory)
+            self.decoding = min(self._decoded)
 
     @property
     def wire(self) -> float:
@@ -156,9 +170,10 @@ class Economy:
             return
         self._plain += 1
         if self._plain > _BUFFERED:
-            self.link += (_WEIGHT if self.link else 1.0) * (seconds / size - self.link)
-            lost = self.wire - min(map(self.cost, self.ways), default=float("inf"))
-            self._accounts[Way.PLAIN].due = self._now + max(0.0, lost) * _TRIAL * size / _SHARE
+            self._measured.append(seconds / size)
+            if len(self._measured) == _MEASURED:
+                self.link = min(self._measured)
+                self._schedule_trial(size)
 
     def sent_encoded(self, way: Way, memory: int, wire: int, work: float, sending: float) -> None:
         """Take note of what a way made of a batch, how long that took, and how long sending it took then."""
@@ -167,9 +182,16 @@ class Economy:
         if memory < TELLING:
             return
         self._accounts[way].note(memory, wire, work)
-        if self._now >= self._accounts[Way.PLAIN].due:
+        if not self._trial_due:
+            self._schedule_trial(memory)
+        elif self._now >= self._trial_due:
             self._trial = _TRIAL
         self._compare(memory, work, wire * self.link, work + sending)
+
+    def _schedule_trial(self, size: int) -> None:
+        """Have the link measured when the time that this costs, beside the best way, is a small share only."""
+        lost = self.wire - min(map(self.cost, self.ways), default=float("inf"))
+        self._trial_due = self._now + max(0.0, lost) * _TRIAL * size / _SHARE
 
     def _compare(self, memory: int, work: float, link: float, seconds: float) -> None:
         """Learn from how long an epoch took, beside how long it should have taken."""

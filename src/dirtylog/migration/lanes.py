@@ -59,6 +59,15 @@ class Lanes:
         for sender in self._senders:
             sender.economy.limit = share
 
+    def lift_limit(self) -> None:
+        """Send as fast as can be. Where nothing is known of the link yet, the ways stay those that the limit made best.
+
+        What was found out about those is all that the estimate of the downtime could go by.
+        """
+        for sender in self._senders:
+            if sender.economy.link:
+                sender.economy.limit = 0
+
     def begin_pass(self) -> None:
         """What comes next is a new pass."""
         self._starved = self._starved_ns()
@@ -89,8 +98,7 @@ class Lanes:
             done = sender.channel.expect(PassDone)
             if done.number != number:
                 raise ProtocolError(f"the destination has pass {done.number} when pass {number} was sent")
-            if done.decoded:
-                sender.economy.decoding = done.decode_ns / 1e9 / done.decoded
+            sender.economy.decoded(done.decoded, done.decode_ns / 1e9)
             starved = max(starved, done.starved_ns)
         return sent, starved / 1e9
 

@@ -26,24 +26,26 @@ class Pacer:
         self._since = 0.0
 
     def pace(self, size: int) -> None:
-        """Wait until the ``size`` bytes that were sent, and all before, fit under the rate. Idle time is no credit.
+        """Wait until the ``size`` bytes that were sent, and all before, fit under the rate.
+
+        Idle time is no credit; a wait that took too long is, up to `_SLICE`.
 
         Raises:
             CancelledError: while waiting, or before.
         """
         rate = self._rate()
-        self._pay(rate)
+        self._pay(rate, min(0.0, self._debt))
         self._debt += size
         while True:
             if self._cancelled.wait(min(self._debt / rate, _SLICE) if rate else 0.0):
                 raise CancelledError("the migration was cancelled")
-            self._pay(rate)
+            self._pay(rate, -_SLICE * rate)
             rate = self._rate()
             if not rate or self._debt < 1:
                 return
 
-    def _pay(self, rate: int) -> None:
-        """Take what fitted under the rate since the last time off the debt; without a rate, all."""
+    def _pay(self, rate: int, least: float) -> None:
+        """Take what fitted under the rate since the last time off the debt, down to ``least``; without a rate, all."""
         now = time.monotonic()
-        self._debt = max(0.0, self._debt - (now - self._since) * rate) if rate else 0.0
+        self._debt = max(least, self._debt - (now - self._since) * rate) if rate else 0.0
         self._since = now

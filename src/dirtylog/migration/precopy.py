@@ -85,9 +85,12 @@ class Precopy:
         began = time.monotonic()
         self._paced = paced
         self._lanes.begin_pass()
+        if not paced:
+            self._lanes.lift_limit()
         for block in self._blocks:
             for batch in block.batches():
-                self._lanes.limit(self._limit())
+                if paced:
+                    self._lanes.limit(self._limit())
                 self._count(batch, current)
                 self._pacer.pace(self._note(self._lanes.send(batch), current))
                 current.seconds = time.monotonic() - began
