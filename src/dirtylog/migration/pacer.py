@@ -25,27 +25,32 @@ class Pacer:
         self._debt = 0.0
         self._since = 0.0
 
+    def begin(self) -> None:
+        """What comes next is a new pass. The time before it is no credit, and what was left of one is forgotten."""
+        self._pay(self._rate())
+        self._debt = max(0.0, self._debt)
+
     def pace(self, size: int) -> None:
         """Wait until the ``size`` bytes that were sent, and all before, fit under the rate.
 
-        Idle time is no credit; a wait that took too long is, up to `_SLICE`.
+        The time that sending took counts, and what a wait took too long is made up for, up to `_SLICE`.
 
         Raises:
             CancelledError: while waiting, or before.
         """
         rate = self._rate()
-        self._pay(rate, min(0.0, self._debt))
+        self._pay(rate)
         self._debt += size
         while True:
-            if self._cancelled.wait(min(self._debt / rate, _SLICE) if rate else 0.0):
+            if self._cancelled.wait(min(max(0.0, self._debt) / rate, _SLICE) if rate else 0.0):
                 raise CancelledError("the migration was cancelled")
-            self._pay(rate, -_SLICE * rate)
+            self._pay(rate)
             rate = self._rate()
             if not rate or self._debt < 1:
                 return
 
-    def _pay(self, rate: int, least: float) -> None:
-        """Take what fitted under the rate since the last time off the debt, down to ``least``; without a rate, all."""
+    def _pay(self, rate: int) -> None:
+        """Take what fitted under the rate since the last time off the debt; without a rate, all."""
         now = time.monotonic()
-        self._debt = max(least, self._debt - (now - self._since) * rate) if rate else 0.0
+        self._debt = max(-_SLICE * rate, self._debt - (now - self._since) * rate) if rate else 0.0
         self._since = now

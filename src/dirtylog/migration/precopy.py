@@ -85,6 +85,7 @@ class Precopy:
         began = time.monotonic()
         self._paced = paced
         self._lanes.begin_pass()
+        self._pacer.begin()
         if not paced:
             self._lanes.lift_limit()
         for block in self._blocks:
