@@ -163,6 +163,9 @@ class TestParameters:
             (["--delta-cache", "1G"], {"xbzrle_cache_size": GIB}),
             (["--delta-cache", "0"], {"xbzrle_cache_size": UNSET}),
             (["--verify"], {"x_verify": True}),
+            (["--auto-converge"], {}),
+            (["--dirty-limit", "50M"], {"vcpu_dirty_limit": 50}),
+            (["--dirty-limit", "1M/s"], {"vcpu_dirty_limit": 1}),
         ],
     )
     def test_options_set_them(
@@ -173,6 +176,8 @@ class TestParameters:
         assert script.capabilities == {
             "multifd": "--channels" in options,
             "xbzrle": expected.get("xbzrle_cache_size") is not UNSET,
+            "auto-converge": "--auto-converge" in options,
+            "dirty-limit": "--dirty-limit" in options,
         }
         assert script.commands == ["migrate-set-parameters", "migrate-set-capabilities", f"migrate {_URI}"]
 
@@ -192,6 +197,9 @@ class TestParameters:
             (["--delta-cache", "1K"], "a cache of 1024 bytes\n  remedy: 64M is usual; 0 means none"),
             (["--switchover-bandwidth", "fast"], "'fast' is not a rate"),
             (["--clear-chunk", "0"], "a clear chunk of 0 bytes\n  remedy: 128M is usual"),
+            (["--dirty-limit", "0"], "a dirty limit of 0 MiB/s\n  remedy: 1 MiB/s is the lowest"),
+            (["--dirty-limit", "1000K"], "a dirty limit of 1024000 bytes a second\n  remedy: give whole MiB/s"),
+            (["--dirty-limit", "5M", "--auto-converge"], "exclude each other\n  remedy: leave one of them out"),
         ],
     )
     def test_bad_ones_are_refused_before_the_machine_hears_of_them(

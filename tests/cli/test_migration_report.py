@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from rich.console import Console, RenderableType
 
 from dirtylog.cli.migration_report import progress_line, progress_table, report
-from dirtylog.control.migration_info import DowntimePartsInfo, MigrationInfo, PassInfo, RAMInfo, WayInfo
+from dirtylog.control.migration_info import DowntimePartsInfo, MigrationInfo, PassInfo, RAMInfo, VerdictInfo, WayInfo
 from dirtylog.units import GIB, KIB, MIB, PAGE_SIZE
 
 PASSES: Final = [
@@ -155,15 +155,36 @@ def test_progress_says_how_it_stands() -> None:
         "bandwidth          42.9 MiB/s\n"
         "expected downtime     18.0 ms\n"
         "sent                105.0 MiB\n"
-        "elapsed                2.35 s"
+        "elapsed                2.35 s\n"
+        "\n"
+        "it is too early to tell whether it converges"
     )
 
 
 def test_progress_line_says_the_same_on_one_line() -> None:
     assert progress_line(ACTIVE) == (
         "status active  pass 2  pages left 0  dirty rate 24.1 MiB/s  bandwidth 42.9 MiB/s  "
-        "expected downtime 18.0 ms  sent 105.0 MiB  elapsed 2.35 s"
+        "expected downtime 18.0 ms  sent 105.0 MiB  elapsed 2.35 s  it is too early to tell whether it converges"
     )
+
+
+def test_progress_tells_what_is_taken_from_the_guest_and_what_to_expect() -> None:
+    verdict = VerdictInfo(
+        converges=False, seconds=None, downtime=0.9, needed_limit=1.0, needed_bandwidth=2.0 * GIB, needed_throttle=74.6
+    )
+    slowed = msgspec.structs.replace(ACTIVE, cpu_throttle_percentage=30, x_verdict=verdict)
+    assert progress_line(slowed).endswith(
+        "elapsed 2.35 s  throttle 30 %  it does not converge at a throttle of 30 %: "
+        "it takes a downtime limit of 1.00 s, a bandwidth of 2.0 GiB/s or a throttle of more than 74 %"
+    )
+    shown = render(progress_table(slowed))
+    assert "\nthrottle                 30 %\n\nit does not converge" in shown
+    assert "expect" not in progress_line(msgspec.structs.replace(slowed, status="completed")).rpartition("elapsed")[2]
+
+
+def test_report_tells_the_highest_throttle() -> None:
+    passes = [msgspec.structs.replace(PASSES[0], throttle=throttle) for throttle in (0, 20, 30, 0)]
+    assert render(report(msgspec.structs.replace(INFO, x_passes=passes))).endswith("highest throttle       30 %")
 
 
 def test_progress_before_anything_is_known() -> None:
@@ -183,6 +204,8 @@ _FLOATS: Final = st.floats(0, 1e18)
         expected_downtime=st.none() | _COUNTS,
         x_downtime_us=st.none() | _COUNTS,
         ram=st.builds(RAMInfo, page_size=st.just(4 * KIB), mbps=_FLOATS),
+        cpu_throttle_percentage=st.none() | st.integers(1, 99),
+        x_verdict=st.none() | st.builds(VerdictInfo),
         x_ways=st.dictionaries(st.text(max_size=5), st.builds(WayInfo), max_size=4),
         x_downtime_parts=st.none() | st.builds(DowntimePartsInfo),
         x_passes=st.lists(st.builds(PassInfo, seconds=_FLOATS, bytes=_COUNTS), max_size=3),

@@ -1,4 +1,5 @@
 import fcntl
+import http.client
 import os
 import re
 import signal
@@ -354,6 +355,27 @@ def check_error(capfd: Capture, status: int, expected_status: int, cause: str) -
     assert all(line.startswith("  remedy: ") for line in rest)
 
 
+class TestMetrics:
+    def test_they_are_served_to_this_host_until_the_end(self, image: str) -> None:
+        with dirtylog("run", image, "--memory", "4M", "--metrics", "0") as process:
+            wait_until(lambda: "\n" in process.err, "it said where metrics are")
+            said = re.fullmatch(r"dirtylog: metrics at http://(127\.0\.0\.1):(\d+)(/metrics)\n", process.err)
+            assert said is not None, process.err
+            connection = http.client.HTTPConnection(said[1], int(said[2]), timeout=BOUND)
+            connection.request("GET", said[3])
+            text = connection.getresponse().read().decode()
+            connection.close()
+            assert "\ndirtylog_memory_bytes 4.194304e+06\n" in text
+            assert '\ndirtylog_run_state{state="running"}' in text
+            process.signal(signal.SIGTERM)
+            assert process.wait() == 0
+
+    def test_place_that_is_taken_ends_it_before_the_guest_runs(self, image: str, capfd: Capture) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as taken:
+            arguments = ["run", image, "--memory", "4M", "--metrics", str(taken.getsockname()[1])]
+            check_error(capfd, main(arguments), 3, "metrics cannot be served at 127.0.0.1")
+
+
 class TestBadOptions:
     @pytest.mark.parametrize(
         ("options", "cause"),
@@ -378,6 +400,7 @@ class TestBadOptions:
             (["--mode", "virtual"], "'virtual' is not one of 'real', 'protected', 'long'"),
             (["--dirty-log", "rings"], "'rings' is not one of 'legacy', 'manual', 'initially-set', 'ring'"),
             (["--accel", "tcg"], "'tcg' is not"),
+            (["--metrics", "here"], "'here' is no place to serve metrics at; give a port, or a host and a port"),
         ],
     )
     def test_value_without_sense_is_refused(self, options: list[str], cause: str, capfd: Capture) -> None:

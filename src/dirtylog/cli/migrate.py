@@ -4,7 +4,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Final
+from typing import Any, Final
 
 import click
 import msgspec
@@ -13,10 +13,12 @@ from rich.live import Live
 
 from dirtylog.cli.migration_report import progress_line, progress_table, report
 from dirtylog.cli.options import DURATION, RATE, SIZE
+from dirtylog.cli.verdict import verdict_text
 from dirtylog.control.migration_info import MigrationInfo
 from dirtylog.control.qmp import QMPClient
 from dirtylog.errors import CancelledError, PeerError, ProtocolError, UsageError
-from dirtylog.migration import Compression, Parameters, parse_address
+from dirtylog.migration import Compression, Parameters, Slowdown, parse_address
+from dirtylog.units import MIB
 
 _POLL_SECONDS: Final = 0.1
 _ENDED: Final = frozenset({"completed", "failed", "cancelled"})
@@ -61,6 +63,15 @@ _ENDED: Final = frozenset({"completed", "failed", "cancelled"})
     default=0,
     help="What the link will carry at the switchover, for the estimate of the downtime. As measured unless given.",
 )
+@click.option(
+    "--auto-converge", is_flag=True, help="Throttle the guest, step by step, while it dirties memory too fast."
+)
+@click.option(
+    "--dirty-limit",
+    type=RATE,
+    metavar="RATE",
+    help="Let no vCPU write more than that while the guest dirties memory too fast; whole MiB/s. For --dirty-log ring.",
+)
 @click.option("--verify", is_flag=True, help="Compare a digest of all memory on both sides before the guest moves.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON, and no progress.")
 def command(
@@ -74,6 +85,8 @@ def command(
     compression: str,
     delta_cache: int,
     switchover_bandwidth: int,
+    auto_converge: bool,
+    dirty_limit: int | None,
     verify: bool,
     as_json: bool,
 ) -> None:
@@ -92,6 +105,7 @@ def command(
         channels=channels,
         compression=Compression(compression),
         delta_cache=delta_cache,
+        **_slowdown(dirty_limit, auto_converge=auto_converge),
     )
     console = Console(quiet=as_json, highlight=False, markup=False, emoji=False)
     with QMPClient(qmp_path) as qmp, _interrupts() as interrupted:
@@ -102,6 +116,17 @@ def command(
         click.echo(msgspec.json.format(msgspec.json.encode(info)).decode())
     else:
         console.print(report(info))
+
+
+def _slowdown(dirty_limit: int | None, *, auto_converge: bool) -> dict[str, Any]:
+    """The parameters about a guest that dirties memory too fast."""
+    if dirty_limit is None:
+        return {"slowdown": Slowdown.AUTO_CONVERGE if auto_converge else Slowdown.NONE}
+    if auto_converge:
+        raise UsageError("--auto-converge and --dirty-limit exclude each other", remedy="leave one of them out")
+    if dirty_limit % MIB:
+        raise UsageError(f"a dirty limit of {dirty_limit} bytes a second", remedy="give whole MiB/s, such as 50M")
+    return {"slowdown": Slowdown.DIRTY_LIMIT, "vcpu_dirty_limit": dirty_limit // MIB}
 
 
 @contextmanager
@@ -123,7 +148,9 @@ def _begin(qmp: QMPClient, uri: str, parameters: Parameters) -> None:
             f"the guest is being migrated already ({earlier.status})",
             remedy="wait for that migration to end, or cancel it with migrate_cancel over QMP",
         )
-    differences = {"xbzrle_cache_size": parameters.delta_cache} if parameters.delta_cache else {}
+    values = {"xbzrle_cache_size": parameters.delta_cache} if parameters.delta_cache else {}
+    if parameters.slowdown is Slowdown.DIRTY_LIMIT:
+        values["vcpu_dirty_limit"] = parameters.vcpu_dirty_limit
     qmp.execute(
         "migrate-set-parameters",
         downtime_limit=round(parameters.downtime_limit * 1000),
@@ -133,9 +160,14 @@ def _begin(qmp: QMPClient, uri: str, parameters: Parameters) -> None:
         multifd_compression="none" if parameters.compression is Compression.NONE else "zstd",
         x_clear_chunk=parameters.clear_chunk,
         x_verify=parameters.verify,
-        **differences,
+        **values,
     )
-    on = {"multifd": parameters.channels > 1, "xbzrle": bool(parameters.delta_cache)}
+    on = {
+        "multifd": parameters.channels > 1,
+        "xbzrle": bool(parameters.delta_cache),
+        "auto-converge": parameters.slowdown is Slowdown.AUTO_CONVERGE,
+        "dirty-limit": parameters.slowdown is Slowdown.DIRTY_LIMIT,
+    }
     qmp.execute(
         "migrate-set-capabilities",
         capabilities=[{"capability": name, "state": state} for name, state in on.items()],
@@ -184,5 +216,7 @@ def _check(qmp: QMPClient, info: MigrationInfo) -> None:
         return
     guest = f"the guest is {qmp.execute('query-status')['status']} on the source"
     if info.status == "cancelled":
-        raise CancelledError(f"the migration was cancelled; {guest}")
+        never = info.x_verdict is not None and info.x_verdict.converges is False
+        verdict = f", and {verdict_text(info)}" if never else ""
+        raise CancelledError(f"the migration was cancelled{verdict}; {guest}")
     raise PeerError(f"the migration failed, {guest}: {info.error_desc or 'no reason was given'}")

@@ -7,6 +7,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from dirtylog.cli.verdict import verdict_text
 from dirtylog.control.migration_info import DowntimePartsInfo, MigrationInfo, PassInfo, WayInfo
 from dirtylog.units import format_duration, format_rate, format_size
 
@@ -14,6 +15,7 @@ _COLUMNS: Final = ("pass", "pages", "zero", "time", "bandwidth", "dirtied", "exp
 """They fit into 80 characters with the numbers of a guest of hundreds of GiB."""
 
 
+_RUNNING: Final = "active"
 _PLAIN: Final = "plain"
 _WORDS: Final = {
     _PLAIN: "they are",
@@ -26,17 +28,19 @@ _WORDS: Final = {
 
 def progress_table(info: MigrationInfo) -> RenderableType:
     """How a migration stands, a fact a line."""
-    return _facts(*_progress(info))
+    facts = _facts(*_progress(info))
+    return Group(facts, Text(), Text(verdict_text(info))) if info.status == _RUNNING else facts
 
 
 def progress_line(info: MigrationInfo) -> str:
     """How a migration stands, on one line."""
-    return "  ".join(f"{name} {value}" for name, value in _progress(info))
+    verdict = [verdict_text(info)] if info.status == _RUNNING else []
+    return "  ".join([f"{name} {value}" for name, value in _progress(info)] + verdict)
 
 
 def _progress(info: MigrationInfo) -> list[tuple[str, str]]:
     ram, expected = info.ram, info.expected_downtime
-    return [
+    facts = [
         ("status", info.status),
         ("pass", f"{ram.dirty_sync_count:,}"),
         ("pages left", f"{ram.remaining // ram.page_size:,}"),
@@ -46,6 +50,9 @@ def _progress(info: MigrationInfo) -> list[tuple[str, str]]:
         ("sent", format_size(ram.transferred)),
         ("elapsed", format_duration(info.total_time / 1000)),
     ]
+    if info.cpu_throttle_percentage is not None:
+        facts.append(("throttle", f"{info.cpu_throttle_percentage} %"))
+    return facts
 
 
 def report(info: MigrationInfo) -> RenderableType:
@@ -58,6 +65,9 @@ def report(info: MigrationInfo) -> RenderableType:
     ]
     if info.x_downtime_us is not None:
         totals.insert(1, ("downtime", format_duration(info.x_downtime_us / 1e6)))
+    throttle = max((one.throttle for one in info.x_passes), default=0)
+    if throttle:
+        totals.append(("highest throttle", f"{throttle} %"))
     parts: list[RenderableType] = [_passes(info.x_passes), Text(), _facts(*totals)]
     if info.x_downtime_parts is not None:
         parts += [Text("\nthe downtime went by as"), _facts(*_downtime_parts(info.x_downtime_parts))]

@@ -14,10 +14,10 @@ class UnitType(click.ParamType):  # type: ignore[type-arg]  # generic only in re
 
     Args:
         name: shown in capitals where the help names the value.
-        parse: from text to a number; raises UsageError.
+        parse: from text to a number, or what else it stands for; raises UsageError.
     """
 
-    def __init__(self, name: str, parse: Callable[[str], float]) -> None:
+    def __init__(self, name: str, parse: Callable[[str], Any]) -> None:
         self.name = name
         self._parse = parse
 

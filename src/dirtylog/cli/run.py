@@ -9,11 +9,12 @@ from pathlib import Path
 
 import click
 
-from dirtylog.cli.options import ADDRESS, SIZE
+from dirtylog.cli.options import ADDRESS, SIZE, UnitType
 from dirtylog.cli.serial_output import SerialOutput
 from dirtylog.cli.signals import EndOnSignals
 from dirtylog.control.commands import Commands, emit_events
 from dirtylog.control.controller import Controller, ShutdownCause
+from dirtylog.control.metrics import MetricsServer, parse_endpoint
 from dirtylog.control.qmp import CommandRegistry, QMPServer
 from dirtylog.errors import HostError, UsageError
 from dirtylog.linux.kvm import KVM
@@ -77,6 +78,11 @@ class Image:
 @click.option("--memory", type=SIZE, default="128M", show_default=True, help="RAM of the guest, whole 4K pages.")
 @click.option("--cpus", type=click.IntRange(1, 255), default=1, show_default=True, help="How many vCPUs.")
 @click.option("--qmp", metavar="PATH", help="Serve QMP on a Unix socket there. Whoever can open it controls the guest.")
+@click.option(
+    "--metrics",
+    type=UnitType("[host:]port", parse_endpoint),
+    help="Serve numbers for Prometheus there over HTTP; to this host alone unless a host is given.",
+)
 @click.option("--incoming", metavar="URI", help="Boot nothing; take a guest over that is migrated to URI.")
 @click.option("--serial", metavar="PATH", help="Write the guest's serial output there, not to standard output.")
 @click.option(
@@ -112,6 +118,7 @@ def command(
     memory: int,
     cpus: int,
     qmp: str | None,
+    metrics: tuple[str, int] | None,
     incoming: str | None,
     serial: str | None,
     accel: str,
@@ -140,6 +147,8 @@ def command(
         stack.callback(controller.close)
         signals.watch(lambda: controller.quit(ShutdownCause.HOST_SIGNAL))
         server = None if qmp is None else _prepare_server(stack, controller, qmp)
+        if metrics is not None:
+            _serve_metrics(stack, controller, *metrics)
         if listener is not None:
             controller.receive(listener)
         elif boots is not None:
@@ -216,6 +225,11 @@ def _prepare_server(stack: ExitStack, controller: Controller, path: str) -> QMPS
     stack.callback(server.close)
     emit_events(controller, server)
     return server
+
+
+def _serve_metrics(stack: ExitStack, controller: Controller, host: str, port: int) -> None:
+    server = stack.enter_context(MetricsServer(controller, host, port))
+    click.echo(f"dirtylog: metrics at {server.url}", err=True)
 
 
 def _open_serial(stack: ExitStack, path: str | None) -> SerialOutput | None:
