@@ -91,7 +91,7 @@ def shortest_total(memory: int, hot: int, rate: float, terms: Terms) -> float:
         terms: with a bandwidth.
     """
     bandwidth = terms.bandwidth
-    rest = min(bandwidth * (terms.limit * MARGIN - Scenario(bandwidth).fixed_downtime), hot)
+    rest = min(max(bandwidth * (terms.limit * MARGIN - Scenario(bandwidth).fixed_downtime), 0.0), hot)
     slowest = bandwidth - rate * (1 - rest / hot)
     if slowest <= 0:
         return math.inf

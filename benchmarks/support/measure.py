@@ -95,6 +95,7 @@ class Run(Struct, frozen=True):
         pages: sent with contents.
         zero_pages: sent without.
         passes: over dirty memory, the one with the guest stopped included.
+        pace: rounds or writes that the guest made a second, from right before the migration to right after it.
         source: what the source used.
         destination: what the destination used.
         x_passes: what the peer tells of each pass, if anything; the last one is that with the guest stopped.
@@ -117,6 +118,7 @@ class Run(Struct, frozen=True):
     pages: int
     zero_pages: int
     passes: int
+    pace: float | None
     source: Side
     destination: Side | None
     x_passes: list[PassInfo]
@@ -192,11 +194,13 @@ class _Watched:
     stopped: float | None
     source: Side
     destination: Side | None
+    pace: float | None
 
 
 def _migrate(peer: Peer, setup: Setup, source: Guest, destination: Guest, uri: str, load: float) -> Run:
     for guest in (source, destination):
         guest.qmp.events()  # what happened before is of no interest
+    made, looked = source.rounds(), time.monotonic()
     before, stolen_before = (CPUTime.of(source.pid), CPUTime.of(destination.pid)), stolen()
     began = time.monotonic()
     source.qmp.execute("migrate", uri=uri)
@@ -211,6 +215,7 @@ def _migrate(peer: Peer, setup: Setup, source: Guest, destination: Guest, uri: s
         stopped=_seconds(resume) - _seconds(end.stop) if end.stop is not None and resume is not None else None,
         source=_side(source, before[0], setup.memory),
         destination=_side(destination, before[1], setup.memory) if arrived else None,
+        pace=_pace(made, (destination if arrived else source).rounds(), looked),
     )
     return _run(peer, setup, watched, end.unfinished or _final_info(source), arrived=arrived)
 
@@ -232,10 +237,15 @@ def _run(peer: Peer, setup: Setup, watched: _Watched, info: dict[str, Any], *, a
         pages=info["ram"]["normal"],
         zero_pages=info["ram"]["duplicate"],
         passes=info["ram"]["dirty-sync-count"],
+        pace=watched.pace,
         source=watched.source,
         destination=watched.destination,
         x_passes=passes,
     )
+
+
+def _pace(before: int | None, after: int | None, since: float) -> float | None:
+    return None if before is None or after is None else (after - before) / (time.monotonic() - since)
 
 
 def _expected_downtime(passes: Sequence[PassInfo]) -> float | None:

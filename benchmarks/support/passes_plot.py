@@ -7,6 +7,7 @@ import numpy as np
 
 from benchmarks.support.measure import Run
 from benchmarks.support.report import completed
+from dirtylog.cli.prediction_report import PredictionInfo
 from dirtylog.errors import UsageError
 from dirtylog.units import MIB, PAGE_SIZE, format_duration
 
@@ -28,23 +29,31 @@ def draw(path: Path, runs: Sequence[Run]) -> None:
         if not ended:
             continue
         run, color = ended[len(ended) // 2], f"C{number}"
-        first = run.x_passes[0].pages + run.x_passes[0].zero_pages
-        real = [(one.seconds, one.dirtied) for one in run.x_passes[:-1]]
-        axes.plot(
-            *_curve(first, real), color=color, marker="o", markersize=3, label=f"{peer}: {format_duration(run.total)}"
-        )
+        label = f"{peer}: {format_duration(run.total)}"
+        axes.plot(*_came(run), color=color, marker="o", markersize=3, label=label)
         if run.predicted is not None:
-            foreseen = [(one.seconds, one.dirtied) for one in run.predicted.passes]
             label = f"foreseen: {format_duration(run.predicted.total)}"
-            axes.plot(*_curve(first, foreseen), color=color, linestyle="--", linewidth=1, label=label)
+            axes.plot(*_foreseen(run.predicted), color=color, linestyle="--", linewidth=1, label=label)
     axes.set(xlabel="seconds", ylabel="MiB to be sent", title="What each pass leaves", yscale="log")
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
     figure.savefig(path)
 
 
-def _curve(first: int, passes: Sequence[tuple[float, int]]) -> tuple[list[float], list[float]]:
-    """Seconds, and MiB left."""
-    times = np.cumsum([0.0, *(seconds for seconds, _ in passes)])
-    left = np.array([first, *(pages for _, pages in passes)]) * PAGE_SIZE / MIB
+def _came(run: Run) -> tuple[list[float], list[float]]:
+    """Seconds, and MiB left. Of a migration with many passes only the last are known."""
+    passes = [(one.seconds, one.dirtied) for one in run.x_passes[:-1]]
+    if run.x_passes[0].number == 1:
+        return _curve(0.0, [(0.0, run.x_passes[0].pages), *passes])
+    return _curve(run.total - sum(one.seconds for one in run.x_passes), passes)
+
+
+def _foreseen(predicted: PredictionInfo) -> tuple[list[float], list[float]]:
+    passes = [(one.seconds, one.dirtied) for one in predicted.passes]
+    return _curve(0.0, [(0.0, predicted.passes[0].pages), *passes])
+
+
+def _curve(began: float, passes: Sequence[tuple[float, int]]) -> tuple[list[float], list[float]]:
+    times = began + np.cumsum([seconds for seconds, _ in passes])
+    left = np.maximum([pages for _, pages in passes], 1) * PAGE_SIZE / MIB  # the scale has no 0
     return times.tolist(), left.tolist()

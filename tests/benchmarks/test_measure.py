@@ -48,6 +48,8 @@ def test_migration_is_measured(kvm: KVM, scheme: str) -> None:
     assert run.bytes > 7 * MIB
     assert run.passes >= 2
     assert run.steal >= 0
+    assert run.pace is not None
+    assert run.pace > 0
     for side in (run.source, run.destination):
         assert side is not None
         assert side.memory.guest is not None

@@ -4,30 +4,15 @@ from io import StringIO
 import pytest
 from msgspec.structs import replace
 from rich.console import Console
+from support.benchmark_runs import SIDE, a_run
 
 from benchmarks.support.bare import BareCopies, Copy
-from benchmarks.support.measure import Outcome, Run, Side
+from benchmarks.support.measure import Outcome, Run
 from benchmarks.support.report import ABSENT, METRICS, Host, Summary, encode, line, tables
-from benchmarks.support.usage import CPUTime, ResidentMemory
 from dirtylog.cli.prediction_report import PredictionInfo
-from dirtylog.control.commands import PassInfo
 from dirtylog.units import MIB, format_duration
 
 HOST = Host(kernel="6.1", cpu="A CPU", cpus=2, memory=1 << 34, python="3.11.2", peers={"QEMU": "7.2", "dirtylog": "1"})
-SIDE = Side(CPUTime(0.25, 0.5), ResidentMemory(90 * MIB, 20 * MIB, 10 * MIB, 60 * MIB, 60 * MIB), 30 * MIB)
-
-
-LAST_PASS = PassInfo(
-    number=3,
-    pages=256,
-    zero_pages=0,
-    bytes=MIB,
-    seconds=0.01,
-    starved=0.0,
-    dirtied=0,
-    bandwidth=1e8,
-    expected_downtime=None,
-)
 
 
 def run(
@@ -39,27 +24,8 @@ def run(
     expected: float | None = None,
     bare: tuple[float, ...] = (),
 ) -> Run:
-    arrived = outcome is Outcome.COMPLETED
-    return Run(
-        peer=peer,
-        setup=setup,
-        outcome=outcome,
-        load=0.5,
-        steal=0.25,
-        wall=total,
-        total=total,
-        downtime=0.05 if arrived else None,
-        stopped=0.06 if arrived else None,
-        expected_downtime=expected,
-        bytes=200 * MIB,
-        pages=51_200,
-        zero_pages=1000,
-        passes=3,
-        source=SIDE,
-        destination=SIDE if arrived else None,
-        x_passes=[LAST_PASS] if bare else [],
-        bare=BareCopies(MIB, [Copy(seconds, 0.0) for seconds in bare]) if bare else None,
-    )
+    result = a_run(peer, total, outcome=outcome, setup=setup, expected=expected, passes=(3,) if bare else ())
+    return replace(result, bare=BareCopies(MIB, [Copy(seconds, 0.0) for seconds in bare])) if bare else result
 
 
 def shown(runs: list[Run]) -> list[list[str]]:
@@ -197,5 +163,4 @@ def test_json_holds_the_passes_as_query_migrate_names_them() -> None:
         "dirtied": 0,
         "bandwidth": 1e8,
         "expected-downtime": None,
-        "ways": {},
     }

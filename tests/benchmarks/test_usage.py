@@ -1,10 +1,21 @@
 import mmap
 import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from support.waiting import wait_until
 
-from benchmarks.support.usage import CPUTime, ResidentMemory, parse_stolen, resident_guest_ram, stolen
+from benchmarks.support.usage import (
+    CPUTime,
+    ResidentMemory,
+    busiest_thread,
+    parse_stolen,
+    resident_guest_ram,
+    stolen,
+    thread_times,
+)
 from dirtylog.units import KIB, MIB
 
 STATUS = """Name:\tx
@@ -35,6 +46,29 @@ def test_cpu_time_in_between_is_a_difference() -> None:
 def test_cpu_time_of_this_process_is_what_the_kernel_counts() -> None:
     seen = CPUTime.of(os.getpid())
     assert seen.total <= sum(os.times()[:2]) + 0.05
+
+
+def test_thread_that_works_is_the_busiest() -> None:
+    before, done = thread_times(os.getpid()), threading.Event()
+
+    def work() -> int:
+        while not done.is_set():
+            pass
+        return threading.get_native_id()
+
+    with ThreadPoolExecutor(1) as pool:
+        working = pool.submit(work)
+        try:
+            (thread,) = (thread for thread in thread_times(os.getpid()) if thread not in before)
+            wait_until(lambda: thread_times(os.getpid())[thread] > 0.05, "the thread has worked")
+            assert busiest_thread(before, thread_times(os.getpid())) == thread
+        finally:
+            done.set()
+        assert working.result() == thread
+
+
+def test_process_without_threads_has_no_busiest() -> None:
+    assert busiest_thread({}, {}) is None
 
 
 @pytest.mark.parametrize(
