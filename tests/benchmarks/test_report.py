@@ -163,5 +163,4 @@ def test_json_holds_the_passes_as_query_migrate_names_them() -> None:
         "dirtied": 0,
         "bandwidth": 1e8,
         "expected-downtime": None,
-        "ways": {},
     }
