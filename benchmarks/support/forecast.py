@@ -64,11 +64,15 @@ def scenario_of(terms: Terms, passes: Sequence[PassInfo], clear_chunk: int, gues
     The link's speed is that allowed by the terms. If they allow any, it is that of the migration's own passes, which
     then is no part of the forecast: how many passes there are, and how long each is, is.
     """
-    running, last = passes[:-1], passes[-1]
-    bandwidth = float(terms.bandwidth) or _bandwidth(running or passes)
-    standing = _bandwidth([last]) if last.pages >= _TELLING_PAGES and not terms.bandwidth else bandwidth
+    if terms.bandwidth:
+        first = later = standing = float(terms.bandwidth)
+    else:
+        first = _bandwidth(passes[:1])
+        standing = _bandwidth(passes[-1:]) if _tells(passes[-1:]) else first
+        later = _bandwidth(passes[1:-1]) if _tells(passes[1:-1]) else standing
     return Scenario(
-        bandwidth=bandwidth,
+        bandwidth=later,
+        first_bandwidth=first,
         downtime_limit=terms.limit,
         clear_chunk=clear_chunk or PAGE_SIZE,
         split=clear_chunk > 0,
@@ -96,6 +100,10 @@ def shortest_total(memory: int, hot: int, rate: float, terms: Terms) -> float:
     if slowest <= 0:
         return math.inf
     return (memory - hot) / bandwidth + hot / rate * math.log(bandwidth / slowest) + terms.limit * MARGIN
+
+
+def _tells(passes: Sequence[PassInfo]) -> bool:
+    return sum(one.pages for one in passes) >= _TELLING_PAGES
 
 
 def _bandwidth(passes: Sequence[PassInfo]) -> float:

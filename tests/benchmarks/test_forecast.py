@@ -2,6 +2,7 @@ import math
 
 import numpy as np
 import pytest
+from msgspec.structs import replace
 from support.benchmark_runs import a_pass
 
 from benchmarks.support.forecast import Observation, scenario_of, shortest_total
@@ -30,12 +31,20 @@ class TestScenario:
     def test_link_that_is_limited_has_that_speed(self) -> None:
         scenario = scenario_of(Terms(0.1, bandwidth=MIB), [a_pass(1), a_pass(2)], 64 * PAGE_SIZE, 0.5)
         assert scenario == Scenario(
-            MIB, 0.1, clear_chunk=64 * PAGE_SIZE, split=True, switchover_bandwidth=MIB, guest_speed=0.5
+            MIB,
+            0.1,
+            clear_chunk=64 * PAGE_SIZE,
+            split=True,
+            first_bandwidth=MIB,
+            switchover_bandwidth=MIB,
+            guest_speed=0.5,
         )
 
     def test_link_without_a_limit_has_the_speed_of_the_passes(self) -> None:
-        scenario = scenario_of(Terms(0.1), [a_pass(1), a_pass(2)], 0, 1.0)
-        assert scenario.bandwidth == scenario.switchover_bandwidth == pytest.approx(100 * MIB)
+        passes = [replace(a_pass(number), seconds=seconds) for number, seconds in ((1, 0.04), (2, 0.02), (3, 0.01))]
+        scenario = scenario_of(Terms(0.1), passes, 0, 1.0)
+        found = scenario.first_bandwidth, scenario.bandwidth, scenario.switchover_bandwidth
+        assert found == pytest.approx((25 * MIB, 50 * MIB, 100 * MIB))
         assert not scenario.split
 
     def test_migration_of_one_pass_has_its_speed(self) -> None:

@@ -80,7 +80,9 @@ def test_speed_of_a_still_guest_is_compared_with_that_of_bare_copies() -> None:
 
 
 def test_forecast_is_set_beside_what_came() -> None:
-    forecast = PredictionInfo(1e9, 1e9, 1.0, 0.3, None, converges=True, total=0.9, downtime=0.2, bytes=MIB, passes=[])
+    forecast = PredictionInfo(
+        1e9, 1e9, 1e9, 1.0, 0.3, None, converges=True, total=0.9, downtime=0.2, bytes=MIB, passes=[]
+    )
     runs = [run("QEMU", 2.0), replace(run("dirtylog", 1.0), predicted=forecast)]
     assert row(runs, "predicted total time") == [ABSENT, "900.0 ms", ABSENT]
     assert row(runs, "predicted / real, run by run") == [ABSENT, "0.90", ABSENT]

@@ -22,7 +22,9 @@ QUICK = ["--runs", "1", "--watch", "200ms", "--limit", "300ms"]
 
 def predicted(total: float) -> PredictionInfo:
     passes = [PredictedPassInfo(6000, 1.0, 500), PredictedPassInfo(500, 0.1, 0)]
-    return PredictionInfo(1e7, 1e7, 1.0, 0.3, None, converges=True, total=total, downtime=0.1, bytes=MIB, passes=passes)
+    return PredictionInfo(
+        1e7, 1e7, 1e7, 1.0, 0.3, None, converges=True, total=total, downtime=0.1, bytes=MIB, passes=passes
+    )
 
 
 def shown(runs: list[Run]) -> list[list[str]]:

@@ -90,10 +90,25 @@ class TestForecast:
         ]
 
     def test_what_the_switchover_has_is_counted(self, predict: Predict, capsys: Capture) -> None:
-        options = ("--bandwidth", SPEED, "--clear-chunk", "128M", "--guest-speed", "0.5", "--json")
+        options = (
+            "--bandwidth",
+            SPEED,
+            "--first-bandwidth",
+            "2M",
+            "--clear-chunk",
+            "128M",
+            "--guest-speed",
+            "0.5",
+            "--json",
+        )
         assert predict(*options, "--switchover-bandwidth", "4M", "--fixed-downtime", "100ms") == 0
         (found,) = forecasts(capsys)
-        assert (found["switchover-bandwidth"], found["guest-speed"]) == (4 * MIB, 0.5)
+        assert (found["first-bandwidth"], found["switchover-bandwidth"], found["guest-speed"]) == (
+            2 * MIB,
+            4 * MIB,
+            0.5,
+        )
+        assert found["passes"][0]["seconds"] == pytest.approx(2.0)
         assert found["downtime"] == pytest.approx(0.1 + 129 * PAGE_SIZE / (4 * MIB))
 
     @pytest.mark.parametrize(("contents", "pages"), [("1M", 256), ("1", 1), ("1G", PAGES + 64)])

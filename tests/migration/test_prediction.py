@@ -104,6 +104,14 @@ def test_slower_guest_leaves_less_behind() -> None:
     assert half == pytest.approx(512, abs=2)
 
 
+def test_first_pass_may_be_slower_than_the_others() -> None:
+    load = workload((0.01, list(range(512))))
+    scenario = Scenario(_SPEED, 0.1, first_bandwidth=_SPEED / 4)
+
+    first, second, *_ = predict(load, scenario, give_up=6).passes
+    assert (first.seconds, second.seconds) == pytest.approx((4.0, 0.5))
+
+
 def test_writes_before_a_late_clear_cost_nothing() -> None:
     load = workload((1.0, list(range(960, 1024))))  # written during the first pass, before their chunk's turn
     whole = Scenario(_SPEED, clear_chunk=_PAGES * PAGE_SIZE)
@@ -168,6 +176,7 @@ def test_workload_that_cannot_be_is_refused() -> None:
     [
         {"bandwidth": 0},
         {"bandwidth": 1, "switchover_bandwidth": 0},
+        {"bandwidth": 1, "first_bandwidth": -1},
         {"bandwidth": 1, "clear_chunk": 0},
         {"guest_speed": 0},
         {"guest_speed": float("nan")},

@@ -65,6 +65,9 @@ class ListType(click.ParamType):  # type: ignore[type-arg]  # generic only in re
     show_default=True,
     help=f"Memory whose log is cleared at once; {AT_SYNC}: all of it, when it is collected.",
 )
+@click.option(
+    "--first-bandwidth", type=RATE, help="How fast in the first pass, to fresh memory; the same unless given."
+)
 @click.option("--switchover-bandwidth", type=RATE, help="How fast when it stands still; the same unless given.")
 @click.option(
     "--fixed-downtime",
@@ -91,6 +94,7 @@ def command(
     bandwidth: list[int],
     max_downtime: list[float],
     clear_chunk: list[int | str],
+    first_bandwidth: int | None,
     switchover_bandwidth: int | None,
     fixed_downtime: float,
     guest_speed: float,
@@ -116,6 +120,7 @@ def command(
             downtime_limit=limit,
             clear_chunk=PAGE_SIZE if chunk == AT_SYNC else int(chunk),
             split=chunk != AT_SYNC,
+            first_bandwidth=first_bandwidth,
             switchover_bandwidth=switchover_bandwidth,
             fixed_downtime=fixed_downtime,
             guest_speed=guest_speed,

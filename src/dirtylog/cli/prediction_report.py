@@ -30,6 +30,7 @@ class PredictionInfo(msgspec.Struct, frozen=True, rename="kebab"):
     """A forecast as JSON, with what it is for: seconds, bytes, bytes a second. No clear-chunk: cleared at the sync."""
 
     bandwidth: float
+    first_bandwidth: float
     switchover_bandwidth: float
     guest_speed: float
     downtime_limit: float
@@ -45,6 +46,7 @@ def info(scenario: Scenario, prediction: Prediction) -> PredictionInfo:
     """One forecast for programs."""
     return PredictionInfo(
         bandwidth=scenario.bandwidth,
+        first_bandwidth=scenario.first_bandwidth or scenario.bandwidth,
         switchover_bandwidth=scenario.switchover_bandwidth or scenario.bandwidth,
         guest_speed=scenario.guest_speed,
         downtime_limit=scenario.downtime_limit,

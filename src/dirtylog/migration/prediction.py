@@ -104,6 +104,7 @@ class Scenario:
         downtime_limit: seconds.
         clear_chunk: bytes whose log is cleared at once.
         split: whether the log is cleared chunk by chunk, right before pages are read, or all at once at the sync.
+        first_bandwidth: bytes a second in the first pass, in which the destination gets its memory; the same if None.
         switchover_bandwidth: bytes a second when the guest stands still; the same if None.
         fixed_downtime: seconds that a switchover takes besides its pages.
         guest_speed: how fast the guest writes meanwhile, as a multiple of its speed in the samples: on a small host a
@@ -114,12 +115,14 @@ class Scenario:
     downtime_limit: float = 0.3
     clear_chunk: int = 128 << 20
     split: bool = True
+    first_bandwidth: float | None = None
     switchover_bandwidth: float | None = None
     fixed_downtime: float = 0.01
     guest_speed: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.bandwidth <= 0 or (self.switchover_bandwidth is not None and self.switchover_bandwidth <= 0):
+        bandwidths = self.bandwidth, self.first_bandwidth, self.switchover_bandwidth
+        if any(one is not None and one <= 0 for one in bandwidths):
             raise UsageError("nothing can be migrated without bandwidth")
         if self.clear_chunk < 1:
             raise UsageError(f"a clear chunk of {self.clear_chunk} bytes")
@@ -184,7 +187,8 @@ class _Replay:
 
     def __init__(self, workload: Workload, scenario: Scenario) -> None:
         self._workload = workload
-        self._page_seconds = PAGE_SIZE / scenario.bandwidth
+        self._page_seconds = PAGE_SIZE / (scenario.first_bandwidth or scenario.bandwidth)
+        self._later_page_seconds = PAGE_SIZE / scenario.bandwidth
         self._chunk = align_up(scenario.clear_chunk, 64 * PAGE_SIZE) // PAGE_SIZE
         self._split = scenario.split
         self._speed = scenario.guest_speed
@@ -200,6 +204,7 @@ class _Replay:
         self.now = float(sent_at[-1]) if pages.size else began + self._page_seconds
         dirty = self._written_after(self._clears(pages, sent_at, began), began)
         self._to_send = dirty
+        self._page_seconds = self._later_page_seconds
         return PredictedPass(round(float(sent[-1])) if pages.size else 0, self.now - began, int(dirty.sum()))
 
     def _clears(self, pages: Numbers, sent_at: Times, began: float) -> Times:
