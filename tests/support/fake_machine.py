@@ -160,7 +160,8 @@ class FakeMachine(Machine):
         self._position, self._rounds = _STATE.unpack(state["cpu0"]["place"])
 
     def close(self) -> None:
-        self._halt.set()
-        if self._thread is not None:
-            self._thread.join()
+        with self._state_lock:  # a migration that gives the guest back may be about to run it
+            self._halt.set()
+            if self._thread is not None:
+                self._thread.join()
         self.memory.unregister(self._listener)
