@@ -104,6 +104,18 @@ def test_both_peers_are_measured_in_turn(qemu: None, folder: Path) -> None:
     assert list(folder.iterdir()) == [result]
 
 
+def test_idle_guests_are_compared_with_bare_copies_on_several_channels_too(qemu: None, folder: Path) -> None:
+    result = folder / "result.json"
+    options = ["--runs", "1", "--memory", "64M", "--idle", "8M", "--channels", "2", "--json", str(result)]
+    output, errors = start(folder, *options).communicate(timeout=100)
+    runs = json.loads(result.read_text())["runs"]
+    assert [(run["peer"], run["outcome"]) for run in runs] == [("QEMU", "completed"), ("dirtylog", "completed")], errors
+    assert all(run["bare_whole"]["size"] == run["bytes"] > 8 << 20 for run in runs)
+    assert "guest is idle and has 8.0 MiB of random contents; 64.0 MiB, limit 300.0 ms, 2 channels" in output
+    assert "speed, of the bare copy's" in output
+    assert list(folder.iterdir()) == [result]
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupt_leaves_nothing(qemu: None, folder: Path, number: signal.Signals) -> None:
     process = start(folder, *SMALL)
