@@ -106,6 +106,8 @@ class Soak:
             if failure is None:
                 share = min(self._rounds, SESSION_ROUNDS) if blind else -(-self._rounds // sighted)
                 self._run_pair(mechanism, writing, share, result)
+            if self._progress.disable:
+                self._progress.console.print(f"{result.tracker} written by {result.writer}: {result.rounds:,} rounds")
 
     def _run_pair(self, mechanism: Mechanism, writing: Writing, rounds: int, result: Result) -> None:
         task = self._progress.add_task(f"{result.tracker} written by {result.writer}", total=rounds)
