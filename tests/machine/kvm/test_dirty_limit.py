@@ -105,9 +105,8 @@ def adjuster() -> list[str]:
 def test_only_those_who_write_more_than_their_quota_are_slowed_down(guest: Running) -> None:
     guest.machine.limit_dirty_rate(1, period=0.05)
     wait_until(lambda: all(limit.penalty > 0.01 for limit in guest.machine.dirty_limits[1:]), "both writers must wait")
-    reader, *writers = guest.machine.dirty_limits
+    reader = guest.machine.dirty_limits[0]
     assert (reader.cpu, reader.quota, reader.penalty) == (0, 1, 0.0)
-    assert all(writer.penalty <= 99 * writer.ring_full for writer in writers)
     for _ in range(3):
         guest.wait_until_counted()
     # They write about a ring a penalty, where they could write hundreds.
