@@ -90,6 +90,7 @@ def test_completed_migration_leaves_neither_side_slowed_down(moving: Moving) -> 
 def test_cancelled_migration_leaves_the_guest_free(moving: Moving) -> None:
     assert moving.outgoing.cancel()
     assert isinstance(moving.task.error(), CancelledError)
+    moving.arrival.error()
     moving.check_free()
     check_runs_on(moving.source)
 
@@ -97,6 +98,7 @@ def test_cancelled_migration_leaves_the_guest_free(moving: Moving) -> None:
 def test_guest_is_free_when_the_destination_is_gone(moving: Moving) -> None:
     moving.incoming.abort()
     assert isinstance(moving.task.error(), DirtylogError)
+    moving.arrival.error()
     assert moving.outgoing.status is Status.FAILED
     moving.check_free()
     check_runs_on(moving.source)
@@ -114,6 +116,7 @@ def test_guest_is_free_whatever_ends_the_switchover(
     install(Checkpoint(Role.SOURCE, Moment.BEFORE_SENDING, message), act, monkeypatch.setattr)
     moving.converge()
     error = moving.task.error()
+    moving.arrival.error()  # however that ended
     moving.check_free()
     if error is None:  # it was too late
         assert moving.source.state is RunState.POSTMIGRATE

@@ -50,25 +50,25 @@ def next_penalty_us(quota: int, rate: int, penalty: int, full: int) -> int:
 
 
 class _CPU:
-    """What is known of one vCPU."""
+    """What is known of one vCPU. ``told`` is replaced whole, for those who look at any time."""
 
     def __init__(self, number: int) -> None:
-        self.number = number
-        self.quota = 0
-        self.rate = self.highest = self.penalty_us = self.full_us = 0
+        self.told = DirtyLimit(number, 0)
+        self._lock = threading.Lock()
+        self._highest = self._penalty_us = 0
 
     def limit(self, quota: int) -> None:
-        if quota != self.quota:
-            self.quota = quota
-            self.rate = self.highest = self.penalty_us = self.full_us = 0
+        with self._lock:
+            if quota != self.told.quota:
+                self._highest = self._penalty_us = 0
+                self.told = DirtyLimit(self.told.cpu, quota)
 
     def take(self, rate: int, entries: int) -> None:
-        self.rate, self.highest = rate, max(rate, self.highest)
-        self.full_us = ring_full_us(entries, self.highest)
-        self.penalty_us = next_penalty_us(self.quota, rate, self.penalty_us, self.full_us) if self.quota else 0
-
-    def describe(self) -> DirtyLimit:
-        return DirtyLimit(self.number, self.quota, self.rate, self.penalty_us / 1e6, self.full_us / 1e6)
+        with self._lock:
+            quota, self._highest = self.told.quota, max(rate, self._highest)
+            full = ring_full_us(entries, self._highest)
+            self._penalty_us = next_penalty_us(quota, rate, self._penalty_us, full) if quota else 0
+            self.told = DirtyLimit(self.told.cpu, quota, rate, self._penalty_us / 1e6, full / 1e6)
 
 
 class DirtyLimiter:
@@ -103,7 +103,7 @@ class DirtyLimiter:
     @property
     def limits(self) -> tuple[DirtyLimit, ...]:
         """Of the vCPUs that have a quota."""
-        return tuple(cpu.describe() for cpu in self._cpus if cpu.quota)
+        return tuple(told for told in (cpu.told for cpu in self._cpus) if told.quota)
 
     def limit(self, quota: int, cpu: int | None, period: float) -> None:
         """See `Machine.limit_dirty_rate`."""
@@ -115,7 +115,7 @@ class DirtyLimiter:
             for one in self._cpus if cpu is None else (self._cpus[cpu],):
                 one.limit(quota)
             self._period = period
-            wanted = any(one.quota for one in self._cpus)
+            wanted = any(one.told.quota for one in self._cpus)
             if wanted and self._ticker is None:
                 self._start()
             elif not wanted and self._ticker is not None:
@@ -123,7 +123,7 @@ class DirtyLimiter:
 
     def penalty(self, cpu: int) -> float:
         """Seconds that a vCPU is to stand still whose ring was full."""
-        return self._cpus[cpu].penalty_us / 1e6
+        return self._cpus[cpu].told.penalty
 
     def close(self) -> None:
         """End all limits; idempotent."""
