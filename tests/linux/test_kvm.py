@@ -23,6 +23,8 @@ from dirtylog.units import PAGE_SIZE, word_count
 
 PAGES = 100
 CODE = 0x4000
+CLOCKS = {0x10, 0x4000_0010, 0x4000_0020}
+"""MSRs that go on by themselves: the time-stamp counter, and Hyper-V's run time and reference time."""
 
 
 @pytest.fixture
@@ -150,7 +152,9 @@ def test_log_shows_the_written_pages_as_bits_of_little_endian_words(vm: VM, vcpu
     vm.get_dirty_log(0, words)
 
     assert ram.array[0x63000] == 1
-    assert words.tolist() == [0, 1 << (0x63 - 64)]
+    # On nested paging a page that is new to the vCPU is mapped writable at once, and reported: here that of the code.
+    assert int(words[0]) in (0, 1 << (CODE // PAGE_SIZE))
+    assert int(words[1]) == 1 << (0x63 - 64)
 
 
 @pytest.mark.parametrize(
@@ -239,7 +243,7 @@ def test_kick_reaches_a_running_guest_though_its_signal_is_blocked(vcpu: VCPU, r
 
 
 def test_saved_vcpu_is_the_same_after_loading(kvm: KVM, vm: VM) -> None:
-    indices = tuple(index for index in kvm.msr_indices() if index != 0x10)  # the time-stamp counter goes on
+    indices = tuple(index for index in kvm.msr_indices() if index not in CLOCKS)
     vm.create_irqchip()
     with vm.create_vcpu(0) as vcpu:
         vcpu.set_cpuid(kvm.supported_cpuid())

@@ -109,6 +109,8 @@ class ModelWorld:
                 section.offset_within_address_space < start + other.size
             ):
                 raise ContractError("two trackers for one address")
+        if section.region.logging and not self._held:
+            raise ContractError("what is logged comes while guests write it")
         tracker = ModelTracker(self.mode, section.size // PAGE_SIZE, self.bus)
         self.trackers[section.offset_within_address_space] = section, tracker
         return tracker

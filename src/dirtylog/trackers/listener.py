@@ -83,8 +83,8 @@ class TrackerListener(MemoryListener):
     collect and its bookkeeping.
 
     What a commit removes and adds is done at its end, removals first. Writers are held meanwhile where an address is in
-    both, since they would find nothing there in between, and where something logged goes, since what they wrote between
-    its last collect and its end would be known to nobody.
+    both, since they would find nothing there in between, and where something logged goes or comes, since what they
+    wrote between its last collect and its end, or before its tracker was armed, would be known to nobody.
 
     Args:
         attach: see `Attach`. Sections are cut to whole pages before.
@@ -132,7 +132,7 @@ class TrackerListener(MemoryListener):
         """
         going, self._going = self._going, []
         coming, self._coming = self._coming, []
-        logged = any(section.region.logging & self._clients for section in going)
+        logged = any(section.region.logging & self._clients for section in (*going, *coming))
         errors: list[Exception] = []
         with ExitStack() as held:
             if logged or _overlap(going, coming):

@@ -330,11 +330,12 @@ INTERLEAVE = listing("""
     40            inc %eax
     a3000000d0    mov %eax, 0xd0000000
     40            inc %eax
-    83f865        cmp $101, %eax
+    83f851        cmp $81, %eax
     75f3          jne 1b
     ff0500500000  incl 0x5000
     ebfe          jmp .
 """)
+"""Fewer writes than 85: before Linux 6.11, KVM counts its ring as full there when it starts at entry 0."""
 
 
 def test_port_and_memory_writes_keep_their_common_order(run: MakeRunning) -> None:
@@ -345,8 +346,8 @@ def test_port_and_memory_writes_keep_their_common_order(run: MakeRunning) -> Non
     wait_for_the_end(guest)
     assert device.accesses == []
     guest.machine.pause()
-    assert device.written == list(range(1, 101))
-    assert [access[2] for access in device.accesses] == [1, 4] * 50
+    assert device.written == list(range(1, 81))
+    assert [access[2] for access in device.accesses] == [1, 4] * 40
 
 
 WRITE_TO_BOTH = listing("""

@@ -13,7 +13,7 @@ from dirtylog.linux.kvm_abi import Capability, MemorySlotFlag
 from dirtylog.machine.kvm.slots import MemorySlots
 from dirtylog.memory import Client, Memory, MemoryRegion, PageBitmap, TrackingReason, Words
 from dirtylog.trackers import KVMLogMode
-from dirtylog.units import PAGE_SIZE
+from dirtylog.units import MIB, PAGE_SIZE
 
 
 class SlotTable(VM):
@@ -200,14 +200,14 @@ def test_writers_are_held_where_one_slot_takes_anothers_place(board: Board) -> N
     assert board.held == 1
 
 
-def test_writers_are_held_where_something_logged_goes(board: Board) -> None:  # D6
+def test_writers_are_held_where_something_logged_goes_or_comes(board: Board) -> None:  # D1 D6
     board.root.add(board.ram, 0)
     board.memory.start_logging(TrackingReason.MIGRATION)
     assert board.held == 0
     board.root.remove(board.ram)
     assert board.held == 1
     board.root.add(board.ram, 0)
-    assert board.held == 1
+    assert board.held == 2
 
 
 def test_logging_is_a_flag_of_every_slot(board: Board) -> None:
@@ -358,7 +358,8 @@ def test_memory_off_page_boundaries_is_whole_for_the_guest(
     assert ram.block.array[0x37FC:0x3800].tobytes() == b"abcd"
     assert ram.block.array[0x2000:0x2004].tobytes() == b"efgh"
     assert {address // PAGE_SIZE * PAGE_SIZE for address in exits} == {DEVICE, DEVICE + 3 * PAGE_SIZE}
-    assert guest.harvest("odd") == [2, 3]  # D10, D12
+    # D10, D12; and on nested paging a page that is new to the vCPU is reported, even if it is only read.
+    assert guest.harvest("odd") in ([2, 3], [1, 2, 3])
 
 
 WRITE_THROUGH_BOTH = listing("""
@@ -400,7 +401,7 @@ Change = Callable[[Running, MemoryRegion], object]
 
 def replace(guest: Running, window: MemoryRegion) -> None:
     """Have the window show something else from one moment to the next."""
-    other = guest.memory.alias("other", guest.memory.ram_regions[0], 0, window.size)
+    other = guest.memory.alias("other", guest.memory.ram_regions[0], 2 * MIB, window.size)  # not where the code is
     with guest.memory.transaction():
         guest.root.remove(window)
         guest.root.add(other, WINDOW)
