@@ -97,7 +97,8 @@ class Sender:
         sent = Sent()
         if batch.zeros is not None:
             sent.bytes += self.channel.send(batch.zeros)
-            self._forget(batch.zeros.block, batch.zeros.numbers)
+            if self._copies is not None:  # holes come in runs of many pages, which only copies need one by one
+                self._copies.forget(batch.zeros.block, batch.zeros.numbers)
         if batch.pages is not None and not self.economy.ways:
             sent.add(Way.PLAIN, batch.pages.pages, self.channel.send(batch.pages, batch.memory))
         elif batch.pages is not None:
