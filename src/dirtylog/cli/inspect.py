@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
 
+from dirtylog.cli.text import printable
 from dirtylog.control.qmp import QMPClient
 from dirtylog.errors import ProtocolError
 from dirtylog.memory.description import (
@@ -45,7 +46,7 @@ def command(qmp_path: str, as_json: bool) -> None:
         raise ProtocolError(f"the machine at {qmp_path} describes its memory in other words: {error}") from error
     _check(memory, qmp_path)
     console = Console(highlight=False, emoji=False, markup=False)
-    console.print(_printable(f"logging of all RAM: {', '.join(memory.tracking) or 'off'}"))
+    console.print(printable(f"logging of all RAM: {', '.join(memory.tracking) or 'off'}"))
     for space in memory.address_spaces:
         _show(console, space)
 
@@ -73,7 +74,7 @@ def _all_regions(root: RegionDescription | None) -> Iterator[RegionDescription]:
 
 def _show(console: Console, space: AddressSpaceDescription) -> None:
     console.print()
-    console.print(Text(f"address space {_printable(space.name)}", "bold"))
+    console.print(Text(f"address space {printable(space.name)}", "bold"))
     if space.root is not None:
         ends = [region.address + region.size for region in _all_regions(space.root)]
         digits = _digits([end for end in ends if end != ADDRESS_SPACE_SIZE])
@@ -109,7 +110,7 @@ def _about(region: RegionDescription) -> Text:
         facts.append("read-only")
     if not region.enabled:
         facts.append("disabled")
-    return Text(_printable(f"{region.name} ({', '.join(facts)})"))
+    return Text(printable(f"{region.name} ({', '.join(facts)})"))
 
 
 def _view(ranges: Sequence[RangeDescription], *, clients_beside: bool) -> Table:
@@ -118,9 +119,9 @@ def _view(ranges: Sequence[RangeDescription], *, clients_beside: bool) -> Table:
     table = _table("addresses", "kind", *(headers if clients_beside else ["\n  ".join(headers)]))
     digits = _digits([part.start + part.size for part in ranges])
     for part in ranges:
-        kind = _printable(f"{part.kind}, read-only" if part.readonly and part.kind != "rom" else part.kind)
-        name = _printable(f"{part.region} + {part.offset:#x}" if part.offset else part.region)
-        logged = [f"{_printable(client)} ({part.dirty.get(client, 0):,})" for client in part.logging]
+        kind = printable(f"{part.kind}, read-only" if part.readonly and part.kind != "rom" else part.kind)
+        name = printable(f"{part.region} + {part.offset:#x}" if part.offset else part.region)
+        logged = [f"{printable(client)} ({part.dirty.get(client, 0):,})" for client in part.logging]
         cells = [name, ", ".join(logged)] if clients_beside else ["\n  ".join([name, *logged])]
         table.add_row(_addresses(part.start, part.size, digits), *map(Text, (kind, *cells)))
     return table
@@ -142,8 +143,3 @@ def _addresses(start: int, size: int, digits: int) -> Text:
 def _digits(ends: Sequence[int]) -> int:
     """How many digits the addresses up to some ends have; the same for all, so that they can be compared."""
     return max((len(f"{end - 1:x}") for end in ends), default=1)
-
-
-def _printable(name: str) -> str:
-    """What a peer says, as one line that does nothing to a terminal."""
-    return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in name)

@@ -1,4 +1,4 @@
-"""Ending a command that polls, on SIGINT and SIGTERM."""
+"""Ending a command that polls, on signals."""
 
 import signal
 import threading
@@ -7,10 +7,14 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def interrupts() -> Iterator[threading.Event]:
-    """An event that SIGINT and SIGTERM set. An exception could come in the midst of a reply, and lose a part of it."""
+def interrupts(*numbers: int) -> Iterator[threading.Event]:
+    """An event that signals set. An exception could come in the midst of a reply, and lose a part of it.
+
+    Args:
+        numbers: of the signals; SIGINT and SIGTERM if there are none.
+    """
     interrupted = threading.Event()
-    numbers = (signal.SIGINT, signal.SIGTERM)
+    numbers = numbers or (signal.SIGINT, signal.SIGTERM)
     previous = [(number, signal.signal(number, lambda *_: interrupted.set())) for number in numbers]
     try:
         yield interrupted

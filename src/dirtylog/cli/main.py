@@ -9,6 +9,7 @@ from typing import Final
 import click
 
 import dirtylog
+from dirtylog.cli.text import printable
 from dirtylog.errors import (
     CancelledError,
     DirtylogError,
@@ -122,14 +123,9 @@ def exit_status(error: DirtylogError) -> int:
 
 
 def _show(error: DirtylogError) -> None:
-    click.echo(f"dirtylog: error: {_one_line(error.cause)}", err=True)
+    click.echo(f"dirtylog: error: {printable(error.cause)}", err=True)
     if error.remedy is not None:
-        click.echo(f"  remedy: {_one_line(error.remedy)}", err=True)
-
-
-def _one_line(text: str) -> str:
-    """The text with all that is not printable escaped: part of it may come from a peer."""
-    return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in text)
+        click.echo(f"  remedy: {printable(error.remedy)}", err=True)
 
 
 if __name__ == "__main__":

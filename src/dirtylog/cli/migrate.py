@@ -2,8 +2,7 @@
 
 import signal
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from typing import Any, Final
 
 import click
@@ -11,6 +10,7 @@ import msgspec
 from rich.console import Console
 from rich.live import Live
 
+from dirtylog.cli.interrupts import interrupts
 from dirtylog.cli.migration_report import progress_line, progress_table, report
 from dirtylog.cli.options import DURATION, RATE, SIZE
 from dirtylog.cli.verdict import verdict_text
@@ -108,7 +108,7 @@ def command(
         **_slowdown(dirty_limit, auto_converge=auto_converge),
     )
     console = Console(quiet=as_json, highlight=False, markup=False, emoji=False)
-    with QMPClient(qmp_path) as qmp, _interrupts() as interrupted:
+    with QMPClient(qmp_path) as qmp, interrupts(signal.SIGINT) as interrupted:
         _begin(qmp, uri, parameters)
         info = _follow(qmp, console, interrupted)
         _check(qmp, info)
@@ -127,17 +127,6 @@ def _slowdown(dirty_limit: int | None, *, auto_converge: bool) -> dict[str, Any]
     if dirty_limit % MIB:
         raise UsageError(f"a dirty limit of {dirty_limit} bytes a second", remedy="give whole MiB/s, such as 50M")
     return {"slowdown": Slowdown.DIRTY_LIMIT, "vcpu_dirty_limit": dirty_limit // MIB}
-
-
-@contextmanager
-def _interrupts() -> Iterator[threading.Event]:
-    """An event that Ctrl-C sets. An exception could come in the midst of a reply, and lose a part of it."""
-    interrupted = threading.Event()
-    previous = signal.signal(signal.SIGINT, lambda *_: interrupted.set())
-    try:
-        yield interrupted
-    finally:
-        signal.signal(signal.SIGINT, previous)
 
 
 def _begin(qmp: QMPClient, uri: str, parameters: Parameters) -> None:
