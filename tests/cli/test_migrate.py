@@ -1,7 +1,5 @@
-import contextlib
 import json
 import os
-import pty
 import signal
 import socket
 import threading
@@ -13,7 +11,7 @@ import msgspec
 import pytest
 from msgspec import UNSET
 from support.processes import Run, dirtylog
-from support.waiting import Task, wait_until
+from support.terminal import Terminal
 
 from dirtylog.cli import migrate
 from dirtylog.cli.main import main
@@ -265,46 +263,9 @@ class TestProgress:
         assert "status [bold]:smile:" in capsys.readouterr().out
 
 
-class Terminal:
-    """A pseudo-terminal as standard output, and what is written to it."""
-
-    def __init__(self) -> None:
-        self._master, slave = pty.openpty()
-        self._slave = os.fdopen(slave, "w")
-        self._data = bytearray()
-        self._redirection = contextlib.redirect_stdout(self._slave)
-        self._reader = Task(self._read)
-
-    def _read(self) -> None:
-        try:
-            while data := os.read(self._master, 4096):
-                self._data += data
-        except OSError:  # how a terminal says that nobody holds its other end any more
-            return
-
-    @property
-    def text(self) -> str:
-        return self._data.decode()
-
-    def wait_for(self, text: str) -> None:
-        wait_until(lambda: text in self.text, f"the terminal shows {text!r}")
-
-    def __enter__(self) -> None:
-        self._redirection.__enter__()
-
-    def __exit__(self, *exc: object) -> None:
-        self._redirection.__exit__(None, None, None)
-        self._slave.close()
-        self._reader.join()
-        os.close(self._master)
-
-
 @pytest.fixture
 def terminal(monkeypatch: pytest.MonkeyPatch) -> Terminal:
-    monkeypatch.setenv("TERM", "xterm")
-    for name in ("NO_COLOR", "FORCE_COLOR", "COLUMNS", "LINES", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
-        monkeypatch.delenv(name, raising=False)
-    return Terminal()
+    return Terminal(monkeypatch)
 
 
 class TestJSON:

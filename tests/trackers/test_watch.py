@@ -26,7 +26,7 @@ from support.own_memory import (
     require_write_watch,
 )
 from support.waiting import Task
-from support.watches import EXACT, PAGES, Array, pages, supported, write
+from support.watches import PAGES, Array, pages, supported, write
 
 import dirtylog
 from dirtylog.errors import (
@@ -39,16 +39,6 @@ from dirtylog.memory import PageBitmap, RAMBlock
 from dirtylog.trackers.tracked import TrackedRange
 from dirtylog.trackers.watch import TRACKERS, Watch, Written, watch, zeros
 from dirtylog.units import HUGE_PAGE_SIZE, PAGE_SIZE
-
-
-@pytest.fixture(params=EXACT)
-def tracker(request: pytest.FixtureRequest) -> str:
-    return supported(request.param)
-
-
-@pytest.fixture
-def array() -> Array:
-    return as_array(anonymous(PAGES, SHARED))
 
 
 def done(action: Callable[[], object]) -> bool:

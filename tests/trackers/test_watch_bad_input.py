@@ -23,7 +23,7 @@ from support.own_memory import (
 )
 from support.pinned import device_memory
 from support.require import require
-from support.watches import EXACT, PAGES, Array, pages, supported, write
+from support.watches import PAGES, Array, pages, supported, write
 
 from dirtylog.errors import (
     AlreadyWatchedError,
@@ -38,17 +38,6 @@ from dirtylog.memory import Memory, RAMBlock
 from dirtylog.trackers import watch as watch_module
 from dirtylog.trackers.watch import AUTO, TRACKERS, watch, zeros
 from dirtylog.units import PAGE_SIZE
-
-
-@pytest.fixture(params=EXACT)
-def tracker(request: pytest.FixtureRequest) -> str:
-    return supported(request.param)
-
-
-@pytest.fixture
-def array() -> Array:
-    return as_array(anonymous(PAGES, SHARED))
-
 
 # What cannot.
 

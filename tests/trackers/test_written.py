@@ -3,30 +3,14 @@ import pickle
 from typing import Any
 
 import numpy as np
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from support.oracles import to_words
-from support.own_memory import (
-    SHARED,
-    anonymous,
-    as_array,
-)
-from support.watches import EXACT, PAGES, Array, pages, supported, write
+from support.watches import Array, pages, write
 
 from dirtylog.memory import PageBitmap
 from dirtylog.trackers.watch import Written, watch, zeros
 from dirtylog.units import PAGE_SIZE
-
-
-@pytest.fixture(params=EXACT)
-def tracker(request: pytest.FixtureRequest) -> str:
-    return supported(request.param)
-
-
-@pytest.fixture
-def array() -> Array:
-    return as_array(anonymous(PAGES, SHARED))
 
 
 class Oracle:
