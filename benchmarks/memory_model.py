@@ -3,7 +3,6 @@
 Beside each figure stands that of the raw operation that it cannot do without. See docs/benchmarks.md.
 """
 
-import signal
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -23,10 +22,10 @@ import dirtylog
 from benchmarks.support.bitmaps import bitmap_figures
 from benchmarks.support.model import access_figures, commit_figures, look_up_figures
 from benchmarks.support.report import ABSENT, Host, Summary
+from benchmarks.support.script import run_script
 from benchmarks.support.timing import Figure
-from dirtylog.cli.main import exit_status
 from dirtylog.cli.options import SIZE
-from dirtylog.errors import DirtylogError, UsageError
+from dirtylog.errors import UsageError
 from dirtylog.units import MIB
 
 PARTS: Final = ("commit", "look-up", "access", "bitmap")
@@ -146,17 +145,7 @@ def encode(host: Host, options: Options, figures: Sequence[Figure]) -> bytes:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the benchmark with the given arguments, or the process's own; the exit status."""
-    try:
-        command.main(arguments, prog_name="memory_model.py", standalone_mode=False)
-    except click.ClickException as error:
-        error.show()
-        return error.exit_code
-    except click.Abort:  # how click passes on KeyboardInterrupt
-        return 128 + signal.SIGINT
-    except DirtylogError as error:
-        print(f"memory_model.py: error: {error}", file=sys.stderr)
-        return exit_status(error)
-    return 0
+    return run_script(command, "memory_model.py", arguments)
 
 
 if __name__ == "__main__":

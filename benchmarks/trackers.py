@@ -3,7 +3,6 @@
 Beside each figure stands that of a program in C that makes the same system calls. See docs/benchmarks.md.
 """
 
-import signal
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -21,13 +20,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # benchmarks/ is n
 import dirtylog
 from benchmarks.support.compiler import need_header
 from benchmarks.support.report import Host
+from benchmarks.support.script import run_script
 from benchmarks.support.tracker_charts import draw
 from benchmarks.support.tracker_report import encode, line, tables
 from benchmarks.support.tracker_runs import CASES, SUBJECTS, Measurement, measure
 from benchmarks.support.tracker_sides import compile_raw
-from dirtylog.cli.main import exit_status
 from dirtylog.cli.options import SIZE
-from dirtylog.errors import DirtylogError, HostError, UsageError
+from dirtylog.errors import HostError, UsageError
 from dirtylog.units import GIB, MIB
 
 _FILE_WIDTH: Final = 200
@@ -118,17 +117,7 @@ def _print(host: Host, measurements: Sequence[Measurement], left_out: dict[str, 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the benchmark with the given arguments, or the process's own; the exit status."""
-    try:
-        command.main(arguments, prog_name="trackers.py", standalone_mode=False)
-    except click.ClickException as error:
-        error.show()
-        return error.exit_code
-    except click.Abort:  # how click passes on KeyboardInterrupt
-        return 128 + signal.SIGINT
-    except DirtylogError as error:
-        print(f"trackers.py: error: {error}", file=sys.stderr)
-        return exit_status(error)
-    return 0
+    return run_script(command, "trackers.py", arguments)
 
 
 if __name__ == "__main__":

@@ -1,19 +1,18 @@
 """Listing runs in C."""
 
 import os
-import shutil
 import subprocess
 from pathlib import Path
 from typing import Final, Self
 
 import numpy as np
 
+from benchmarks.support.compiler import compile_program, find_compiler
 from benchmarks.support.timing import Samples
-from dirtylog.errors import HostError, PeerError
+from dirtylog.errors import PeerError
 from dirtylog.memory import Words
 
 SOURCE: Final = Path(__file__).with_name("list_runs.c")
-_COMPILERS: Final = ("cc", "gcc", "clang")
 _SECONDS: Final = 60
 _PIECE: Final = 1 << 24
 
@@ -31,15 +30,7 @@ class RunLister:
         Raises:
             HostError: the compiler does not do its work.
         """
-        compiler = next(filter(None, map(shutil.which, _COMPILERS)), None)
-        if compiler is None:
-            return None
-        path = folder / "list_runs"
-        command = [compiler, "-O2", "-o", str(path), str(SOURCE)]
-        result = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS)
-        if result.returncode:
-            raise HostError(f"{' '.join(command)} failed: {result.stderr.strip()}", remedy="is libc6-dev installed?")
-        return cls(path)
+        return None if find_compiler() is None else cls(compile_program(folder, [SOURCE]))
 
     def measure(self, words: Words, runs: int) -> tuple[int, Samples]:
         """How many runs a bitmap has, and the seconds it takes to list them, after once for warming up."""

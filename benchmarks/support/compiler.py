@@ -39,18 +39,19 @@ def need_header(name: str, package: str) -> None:
         _install(package)
 
 
+def find_compiler() -> str | None:
+    """The path of a C compiler, if there is one."""
+    return next(filter(None, map(shutil.which, _COMPILERS)), None)
+
+
 def _compiler() -> str:
-    found = _find()
+    found = find_compiler()
     if found is None:
         _install("gcc", "libc6-dev")
-        found = _find()
+        found = find_compiler()
     if found is None:
         raise HostError("there is no C compiler", remedy=f"install one of {', '.join(_COMPILERS)}")
     return found
-
-
-def _find() -> str | None:
-    return next(filter(None, map(shutil.which, _COMPILERS)), None)
 
 
 def _install(*packages: str) -> None:
