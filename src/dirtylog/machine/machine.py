@@ -252,3 +252,12 @@ class Machine(ABC):
     @abstractmethod
     def close(self) -> None:
         """Stop, and give everything up; idempotent."""
+
+
+def failure_from(error: Exception) -> DirtylogError:
+    """What ends the guest after an exception in what serves it: itself, or, for a defect, one that says so."""
+    if isinstance(error, DirtylogError):
+        return error
+    failure = DirtylogError(f"a defect in dirtylog stopped a vCPU: {error!r}")
+    failure.__cause__ = error
+    return failure

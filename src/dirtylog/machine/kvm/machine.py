@@ -15,8 +15,8 @@ from dirtylog.machine.kvm.io import IOListener
 from dirtylog.machine.kvm.registers import start_at
 from dirtylog.machine.kvm.slots import MemorySlots
 from dirtylog.machine.kvm.ticker import Ticker
-from dirtylog.machine.kvm.vcpu import VCPUThread, failure_from
-from dirtylog.machine.machine import MachineState, RunState
+from dirtylog.machine.kvm.vcpu import VCPUThread
+from dirtylog.machine.machine import MachineState, RunState, failure_from
 from dirtylog.machine.pc import PCMachine
 from dirtylog.machine.throttle import DEFAULT_PERIOD, DirtyLimit
 from dirtylog.memory import MemoryListener

@@ -4,7 +4,8 @@ import threading
 from collections.abc import Callable
 
 from dirtylog.errors import DirtylogError, HostError
-from dirtylog.machine.kvm.vcpu import PARK_TIMEOUT, failure_from
+from dirtylog.machine.kvm.vcpu import PARK_TIMEOUT
+from dirtylog.machine.machine import failure_from
 
 
 class Ticker:

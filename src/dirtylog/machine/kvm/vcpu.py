@@ -10,6 +10,7 @@ from dirtylog.errors import DirtylogError, HostError
 from dirtylog.linux.kvm import KICK_SIGNAL, VCPU
 from dirtylog.linux.kvm_abi import ExitReason
 from dirtylog.machine.kvm.gate import RunGate
+from dirtylog.machine.machine import failure_from
 from dirtylog.machine.throttle import SLICE, Throttle
 
 PARK_TIMEOUT: Final = 5.0
@@ -171,12 +172,3 @@ class VCPUThread:
     def _set_parked(self) -> None:
         self._parked = True
         self._changed.notify_all()
-
-
-def failure_from(error: Exception) -> DirtylogError:
-    """What ends the guest after an exception in what serves it: itself, or, for a defect, one that says so."""
-    if isinstance(error, DirtylogError):
-        return error
-    failure = DirtylogError(f"a defect in dirtylog stopped a vCPU: {error!r}")
-    failure.__cause__ = error
-    return failure

@@ -8,7 +8,7 @@ from enum import Enum, auto
 from typing import Final
 
 from dirtylog.errors import DirtylogError, HostError
-from dirtylog.machine.kvm.vcpu import failure_from
+from dirtylog.machine.machine import failure_from
 from dirtylog.machine.throttle import Throttle
 from dirtylog.machine.unicorn.engine import Engine
 
