@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from support.waiting import Task
 
 from dirtylog.errors import ProtocolError
+from dirtylog.memory import Numbers
 from dirtylog.migration.economy import LEVELS
-from dirtylog.migration.encoding import Compressor, Indices, Rows, SentCopies, decompress
+from dirtylog.migration.encoding import Compressor, Rows, SentCopies, decompress
 from dirtylog.units import MIB, PAGE_SIZE
 
 if sys.version_info >= (3, 14):
@@ -32,7 +33,7 @@ def _noise(pages: int, seed: int = 1) -> Rows:
     return np.random.default_rng(seed).integers(0, 1 << 64, (pages, _WORDS), np.uint64)
 
 
-def _numbers(*numbers: int) -> Indices:
+def _numbers(*numbers: int) -> Numbers:
     return np.array(numbers, np.int64)
 
 

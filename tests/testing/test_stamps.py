@@ -12,10 +12,9 @@ from support.require import require
 from support.waiting import BOUND
 
 from dirtylog.errors import UsageError
-from dirtylog.memory import Words
+from dirtylog.memory import Numbers, Words
 from dirtylog.testing import Case, ContractError, Differences, ModelCase, ModelTracker, Stamps, Writing
 from dirtylog.testing.board import MOST_ROUNDS
-from dirtylog.testing.contract import Numbers
 from dirtylog.testing.mechanisms import MECHANISMS
 from dirtylog.testing.model import PageLog
 from dirtylog.testing.writers import WriterThreads

@@ -10,13 +10,11 @@ import numpy.typing as npt
 
 from dirtylog.display.sample import Sample
 from dirtylog.errors import UsageError
-from dirtylog.memory import PageBitmap
+from dirtylog.memory import Numbers, PageBitmap
 from dirtylog.units import WORD_BITS
 
 _STRIDE: Final = 1 << 18
 """Pages that are looked at together: few enough to be listed, and passed over as long as none of them was written."""
-
-Numbers = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)

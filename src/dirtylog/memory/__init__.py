@@ -2,7 +2,7 @@
 
 from dirtylog.memory.access import AccessSizes, MemoryRegionOps
 from dirtylog.memory.address_space import AddressSpace
-from dirtylog.memory.bitmap import PageBitmap, Words
+from dirtylog.memory.bitmap import Numbers, PageBitmap, Words
 from dirtylog.memory.block import RAMBlock
 from dirtylog.memory.chunks import ClearChunks
 from dirtylog.memory.dirty import Client, DirtyMemory, DirtySnapshot
@@ -29,6 +29,7 @@ __all__ = [
     "MemoryRegion",
     "MemoryRegionOps",
     "MemoryRegionSection",
+    "Numbers",
     "PageBitmap",
     "RAMBlock",
     "TrackingReason",

@@ -13,6 +13,7 @@ Words = npt.NDArray[np.uint64]
 """Little-endian 64-bit words; bit i of word w stands for page 64 * w + i."""
 
 Numbers = npt.NDArray[np.int64]
+"""Numbers of pages, or how many."""
 
 _ONES = np.uint64(0xFFFF_FFFF_FFFF_FFFF)
 _ONE = np.uint64(1)

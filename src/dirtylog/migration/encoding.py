@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dirtylog.errors import ProtocolError
+from dirtylog.memory import Numbers
 from dirtylog.units import PAGE_SIZE
 
 if sys.version_info >= (3, 14):
@@ -22,7 +23,6 @@ else:
 
 Rows = npt.NDArray[np.uint64]
 """Pages as 64-bit words: shape (pages, 512)."""
-Indices = npt.NDArray[np.int64]
 
 _EMPTY: Final = -1
 _LONGEST_WINDOW: Final[dict[int, int]] = {zstd.DecompressionParameter.window_log_max: 24}
@@ -75,24 +75,24 @@ class SentCopies:
         self._lock = threading.Lock()
         self._places = [_Places(max(1, int(pages * share))) for pages in blocks]
 
-    def known(self, block: int, pages: Indices) -> npt.NDArray[np.bool_]:
+    def known(self, block: int, pages: Numbers) -> npt.NDArray[np.bool_]:
         """Which of some pages there is a copy of."""
         with self._lock:
             return self._places[block].known(pages)
 
-    def differences(self, block: int, pages: Indices, rows: Rows) -> tuple[npt.NDArray[np.bool_], Rows]:
+    def differences(self, block: int, pages: Numbers, rows: Rows) -> tuple[npt.NDArray[np.bool_], Rows]:
         """Which of some pages there is a copy of, and the exclusive or of those with their copies."""
         with self._lock:
             places = self._places[block]
             known = places.known(pages)
             return known, places.rows(pages[known]) ^ rows[known]
 
-    def keep(self, block: int, pages: Indices, rows: Rows) -> None:
+    def keep(self, block: int, pages: Numbers, rows: Rows) -> None:
         """Take note of what was sent."""
         with self._lock:
             self._places[block].keep(pages, rows)
 
-    def forget(self, block: int, pages: Indices) -> None:
+    def forget(self, block: int, pages: Numbers) -> None:
         """Pages were sent without taking note of what was in them."""
         with self._lock:
             self._places[block].forget(pages)
@@ -103,20 +103,20 @@ class _Places:
         self._rows = np.zeros((count, PAGE_SIZE // 8), np.uint64)
         self._pages = np.full(count, _EMPTY, np.int64)
 
-    def known(self, pages: Indices) -> npt.NDArray[np.bool_]:
+    def known(self, pages: Numbers) -> npt.NDArray[np.bool_]:
         found: npt.NDArray[np.bool_] = self._pages[pages % self._pages.size] == pages
         return found
 
-    def rows(self, pages: Indices) -> Rows:
+    def rows(self, pages: Numbers) -> Rows:
         return self._rows[pages % self._pages.size]
 
-    def keep(self, pages: Indices, rows: Rows) -> None:
+    def keep(self, pages: Numbers, rows: Rows) -> None:
         places = pages % self._pages.size
         _, last = np.unique(places[::-1], return_index=True)  # of pages that share a place
         chosen = places.size - 1 - last
         self._rows[places[chosen]] = rows[chosen]
         self._pages[places[chosen]] = pages[chosen]
 
-    def forget(self, pages: Indices) -> None:
+    def forget(self, pages: Numbers) -> None:
         places = pages % self._pages.size
         self._pages[places[self._pages[places] == pages]] = _EMPTY

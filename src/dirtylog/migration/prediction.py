@@ -17,10 +17,10 @@ import numpy as np
 import numpy.typing as npt
 
 from dirtylog.errors import UsageError
+from dirtylog.memory import Numbers
 from dirtylog.migration.switchover import Estimate, should_switch_over
 from dirtylog.units import PAGE_SIZE, align_up
 
-Numbers = npt.NDArray[np.int64]
 Times = npt.NDArray[np.float64]
 Flags = npt.NDArray[np.bool_]
 

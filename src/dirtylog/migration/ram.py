@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dirtylog.errors import ProtocolError
-from dirtylog.memory import ClearChunks, MemoryRegion, PageBitmap, RAMBlock
+from dirtylog.memory import ClearChunks, MemoryRegion, Numbers, PageBitmap, RAMBlock
 from dirtylog.migration.encoding import decompress
 from dirtylog.migration.messages import EncodedPages, Pages, Runs, RunTable, ZeroPages
 from dirtylog.units import HUGE_PAGE_SIZE, PAGE_SIZE
@@ -18,8 +18,6 @@ BATCH_PAGES: Final = 1024
 _HUGE_PAGES: Final = HUGE_PAGE_SIZE // PAGE_SIZE
 _WINDOW_PAGES: Final = 1 << 15
 """Pages taken out of the bitmap at a time, at most, which bounds the runs in one message too."""
-
-Indices = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +66,7 @@ class DirtyRAM:
             self._to_send.clear(first, count)
             yield from self._look(pages, first, count)
 
-    def _look(self, pages: Indices, first: int, count: int) -> Iterator[Batch]:
+    def _look(self, pages: Numbers, first: int, count: int) -> Iterator[Batch]:
         """Holes are zero without a look, which would allocate them; everything else is looked at in batches."""
         stored = np.zeros(count, np.bool_)
         for start, end in self._block.mapping.extents(first * PAGE_SIZE, (first + count) * PAGE_SIZE):
@@ -82,7 +80,7 @@ class DirtyRAM:
             yield self._batch(data[:end])
             data = data[end:]
 
-    def _batch(self, pages: Indices) -> Batch:
+    def _batch(self, pages: Numbers) -> Batch:
         filled = self._filled(pages)
         zeros, contents = pages[~filled], runs_of(pages[filled])
         return Batch(
@@ -91,7 +89,7 @@ class DirtyRAM:
             ZeroPages(self._index, runs_of(zeros)) if len(zeros) else None,
         )
 
-    def _filled(self, pages: Indices) -> npt.NDArray[np.bool_]:
+    def _filled(self, pages: Numbers) -> npt.NDArray[np.bool_]:
         """Which pages are not all zero. Most show it in their first word; only the others are read whole."""
         words = self._block.page_words
         filled: npt.NDArray[np.bool_] = words[pages, 0] != 0
@@ -171,7 +169,7 @@ class IncomingRAM:
         return block
 
 
-def _batch_end(pages: Indices) -> int:
+def _batch_end(pages: Numbers) -> int:
     """How many of the pages make the next batch. It ends where a huge page does if it can, for `IncomingRAM`."""
     if len(pages) <= BATCH_PAGES:
         return len(pages)
@@ -179,7 +177,7 @@ def _batch_end(pages: Indices) -> int:
     return int(np.searchsorted(pages[:BATCH_PAGES], boundary)) or BATCH_PAGES
 
 
-def runs_of(pages: Indices) -> Runs:
+def runs_of(pages: Numbers) -> Runs:
     """Ascending page numbers as runs."""
     if not len(pages):
         return np.empty((0, 2), np.int64)

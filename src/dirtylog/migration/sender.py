@@ -12,10 +12,10 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from dirtylog.memory import RAMBlock
+from dirtylog.memory import Numbers, RAMBlock
 from dirtylog.migration.channel import Channel
 from dirtylog.migration.economy import LEVELS, TELLING, Economy, Way
-from dirtylog.migration.encoding import Compressor, Indices, Rows, SentCopies
+from dirtylog.migration.encoding import Compressor, Rows, SentCopies
 from dirtylog.migration.messages import EncodedPages, Pages
 from dirtylog.migration.ram import Batch, runs_of
 from dirtylog.migration.statistics import Ways, sum_ways
@@ -63,7 +63,7 @@ class _Copied:
     """Pages of a block, what was in them a moment ago, and the seconds a byte that finding out took."""
 
     block: int
-    numbers: Indices
+    numbers: Numbers
     rows: Rows
     work: float
 
@@ -126,7 +126,7 @@ class Sender:
         self._send_copied(rest, fresh, rest.rows, sent)
         self._keep(copied) if keeps else self._forget(pages.block, numbers)
 
-    def _copy(self, block: int, numbers: Indices) -> _Copied:
+    def _copy(self, block: int, numbers: Numbers) -> _Copied:
         began = time.monotonic()
         rows = self._blocks[block].page_words[numbers]
         return _Copied(block, numbers, rows, (time.monotonic() - began) / rows.nbytes)
@@ -171,7 +171,7 @@ class Sender:
         self.economy.sent_plain(size, time.monotonic() - began)
         sent.add(Way.PLAIN, copied.numbers.size, size)
 
-    def _sample(self, block: int, numbers: Indices, known: npt.NDArray[np.bool_]) -> None:
+    def _sample(self, block: int, numbers: Numbers, known: npt.NDArray[np.bool_]) -> None:
         """Find out what one way would make of some of the pages, if it is time to."""
         way = self.economy.to_sample(known=int(known.sum()) >= _SAMPLE_PAGES)
         chosen = numbers[known] if way is Way.DELTA else numbers
@@ -187,7 +187,7 @@ class Sender:
         work = time.monotonic() - began + copied.work * copied.rows.nbytes
         self.economy.sampled(way, copied.rows.nbytes, size, work)
 
-    def _known(self, block: int, numbers: Indices) -> npt.NDArray[np.bool_]:
+    def _known(self, block: int, numbers: Numbers) -> npt.NDArray[np.bool_]:
         if self._copies is None:
             return np.zeros(numbers.size, np.bool_)
         return self._copies.known(block, numbers)
@@ -202,6 +202,6 @@ class Sender:
             self._copies.keep(copied.block, copied.numbers, copied.rows)
             self._keeping = copied.work + (time.monotonic() - began) / copied.rows.nbytes
 
-    def _forget(self, block: int, numbers: Indices) -> None:
+    def _forget(self, block: int, numbers: Numbers) -> None:
         if self._copies is not None:
             self._copies.forget(block, numbers)

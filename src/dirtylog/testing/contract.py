@@ -7,11 +7,11 @@ from enum import Enum
 import numpy as np
 import numpy.typing as npt
 
+from dirtylog.memory import Numbers
 from dirtylog.trackers import Tracker
 from dirtylog.units import PAGE_SIZE
 
 Bytes = npt.NDArray[np.uint8]
-Numbers = npt.NDArray[np.int64]
 
 
 class ContractError(AssertionError):

@@ -11,8 +11,8 @@ from enum import Enum
 
 import numpy as np
 
-from dirtylog.memory import Words
-from dirtylog.testing.contract import Case, ContractError, Numbers
+from dirtylog.memory import Numbers, Words
+from dirtylog.testing.contract import Case, ContractError
 from dirtylog.units import PAGE_SIZE, WORD_BITS, word_count
 
 

@@ -16,11 +16,10 @@ import xxhash
 
 from dirtylog.errors import HostError, LostMappingError, UsageError
 from dirtylog.linux.mapping import is_readable
-from dirtylog.memory import PageBitmap, Words
+from dirtylog.memory import Numbers, PageBitmap, Words
 from dirtylog.units import PAGE_SIZE, WORD_BITS, format_size, page_span
 
 Bytes = npt.NDArray[np.uint8]
-Numbers = npt.NDArray[np.int64]
 
 _PAGES_AT_ONCE = 512
 """What is computed of so many pages on the way stays in a CPU's cache."""
