@@ -52,6 +52,7 @@ class Memory:
         self.flush: Callable[[], None] | None = None
         self.code_written: Callable[[MemoryRegion, int, int], None] | None = None
         self._code_client = False
+        self._global_clients = NOBODY
         self._regions: list[MemoryRegion] = []
         self._address_spaces: list[AddressSpace] = []
         self._listeners = Listeners()
@@ -193,10 +194,14 @@ class Memory:
     @property
     def global_clients(self) -> Client:
         """The clients that log every region with a block."""
+        return self._global_clients
+
+    def _find_global_clients(self) -> None:
+        # Kept, since each write by the host asks for them, and operations on flags take as long as the write.
         clients = Client.MIGRATION if self.tracking & ~TrackingReason.DIRTY_RATE else NOBODY
         if TrackingReason.DIRTY_RATE in self.tracking:
             clients |= Client.WATCH
-        return clients | Client.CODE if self._code_client else clients
+        self._global_clients = clients | Client.CODE if self._code_client else clients
 
     def describe(self) -> MemoryDescription:
         """What there is, where it is shown, what is logged and how much of it is dirty."""
@@ -323,13 +328,8 @@ class Memory:
         with self.transaction():
             if on is not self._code_client:
                 self._code_client = on
+                self._find_global_clients()
                 self.topology_changed()
-
-    def code_changed(self, region: MemoryRegion, first: int, count: int) -> None:
-        """Tell `code_written` of pages. For regions."""
-        told = self.code_written
-        if told is not None:
-            told(region, first, count)
 
     def start_logging(self, reason: TrackingReason) -> None:
         """Log writes to all migratable RAM; each reason counts once.
@@ -423,6 +423,7 @@ class Memory:
         with self.transaction():
             clients = self.global_clients
             self.tracking = tracking
+            self._find_global_clients()
             if self.global_clients != clients:
                 self.topology_changed()
 

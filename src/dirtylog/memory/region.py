@@ -319,8 +319,9 @@ class MemoryRegion:
         if clients:
             block, first, count = self._pages(offset, size)
             block.dirty.mark(first, count, clients)
-            if Client.CODE in clients:
-                self.memory.code_changed(self, first, count)
+            told = self.memory.code_written
+            if told is not None and Client.CODE in clients:
+                told(self, first, count)
         else:
             self._ram()
 
