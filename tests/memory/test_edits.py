@@ -67,8 +67,8 @@ class Edits(RuleBasedStateMachine):
 
     def _map(self, node: Node, parent: Node, address: int, priority: int) -> None:
         refusal = (
-            "mapped in" if node in self.mapped
-            else "is an alias" if parent.target is not None
+            "is an alias" if parent.target is not None
+            else "mapped in" if node in self.mapped
             else "would contain itself" if node.shows(parent)
             else None
         )  # fmt: skip
@@ -182,7 +182,10 @@ class Edits(RuleBasedStateMachine):
         answering = [node for node in self.nodes if node.answers] or self.nodes
         node = answering[pick % len(answering)]
         eventfd = IOEventFD(address * PAGE_SIZE // 2, size, match and size > 0, 0, fd)
-        if eventfd.address < node.size and (node, eventfd) not in self.eventfds:
+        if eventfd.address + max(size, 1) > node.size:
+            with pytest.raises(UsageError, match="an eventfd for"):
+                node.region.add_eventfd(eventfd)
+        elif (node, eventfd) not in self.eventfds:
             self.eventfds.append((node, eventfd))
             node.region.add_eventfd(eventfd)
 
