@@ -185,6 +185,25 @@ def _with_bare_copies(run: Run, setup: Setup) -> Run:
 
 
 @dataclass(frozen=True, slots=True)
+class _Before:
+    """What one process had used before the migration."""
+
+    pid: int
+    guest_size: int
+    memory: ResidentMemory
+    cpu: CPUTime
+
+    @classmethod
+    def of(cls, guest: Guest, guest_size: int) -> "_Before":
+        return cls(guest.pid, guest_size, ResidentMemory.of(guest.pid, guest_size), CPUTime.of(guest.pid))
+
+    def until_now(self) -> Side:
+        cpu = CPUTime.of(self.pid).since(self.cpu)
+        memory = ResidentMemory.of(self.pid, self.guest_size)
+        return Side(cpu, memory, memory.beyond_guest(self.memory))
+
+
+@dataclass(frozen=True, slots=True)
 class _Watched:
     """What was seen of a migration from outside: see `Run`."""
 
@@ -201,7 +220,7 @@ def _migrate(peer: Peer, setup: Setup, source: Guest, destination: Guest, uri: s
     for guest in (source, destination):
         guest.qmp.events()  # what happened before is of no interest
     made, looked = source.rounds(), time.monotonic()
-    before, stolen_before = (CPUTime.of(source.pid), CPUTime.of(destination.pid)), stolen()
+    before, stolen_before = tuple(_Before.of(guest, setup.memory) for guest in (source, destination)), stolen()
     began = time.monotonic()
     source.qmp.execute("migrate", uri=uri)
     end = _follow(source, began + setup.timeout)
@@ -213,8 +232,8 @@ def _migrate(peer: Peer, setup: Setup, source: Guest, destination: Guest, uri: s
         steal=stolen() - stolen_before,
         wall=wall,
         stopped=_seconds(resume) - _seconds(end.stop) if end.stop is not None and resume is not None else None,
-        source=_side(source, before[0], setup.memory),
-        destination=_side(destination, before[1], setup.memory) if arrived else None,
+        source=before[0].until_now(),
+        destination=before[1].until_now() if arrived else None,
         pace=_pace(made, (destination if arrived else source).rounds(), looked),
     )
     return _run(peer, setup, watched, end.unfinished or _final_info(source), arrived=arrived)
@@ -308,12 +327,6 @@ def _status(event: Event) -> str:
 
 def _seconds(event: Event) -> float:
     return event.timestamp.seconds + event.timestamp.microseconds / 1e6
-
-
-def _side(guest: Guest, before: CPUTime, memory: int) -> Side:
-    cpu = CPUTime.of(guest.pid).since(before)
-    resident = ResidentMemory.of(guest.pid, memory)
-    return Side(cpu, resident, resident.beyond_guest)
 
 
 def _check(peer: Peer, setup: Setup, source: Guest, destination: Guest, before: int) -> None:

@@ -103,10 +103,14 @@ class ResidentMemory(Struct, frozen=True):
         )
         return cls(peak, anonymous, file, shared, resident_guest_ram(smaps, memory))
 
-    @property
-    def beyond_guest(self) -> int | None:
-        """The peak without the guest's RAM: exact if its resident part was never larger than it is now."""
-        return None if self.guest is None else self.peak - self.guest
+    def beyond_guest(self, earlier: "ResidentMemory") -> int | None:
+        """The peak without the guest's RAM: exact if that was never larger than it is now, or was earlier.
+
+        A destination that makes memory ready while it waits has most of it before, and less after zero pages came.
+        """
+        if self.guest is None or earlier.guest is None:
+            return None
+        return self.peak - max(self.guest, earlier.guest)
 
 
 def resident_guest_ram(smaps: str, memory: int) -> int | None:

@@ -93,11 +93,19 @@ def test_steal_of_this_host_never_shrinks() -> None:
 def test_memory_beyond_the_guest_is_the_peak_without_guest_ram() -> None:
     memory = ResidentMemory.parse(STATUS, mapping(0, 4 * MIB, 500), 4 * MIB)
     assert memory == ResidentMemory(700 * KIB, 100 * KIB, 50 * KIB, 500 * KIB, 500 * KIB)
-    assert memory.beyond_guest == 200 * KIB
+    assert memory.beyond_guest(memory) == 200 * KIB
+
+
+def test_memory_beyond_the_guest_is_the_peak_without_the_most_that_guest_ram_was() -> None:
+    earlier, now = (ResidentMemory.parse(STATUS, mapping(0, 4 * MIB, size), 4 * MIB) for size in (600, 500))
+    assert now.beyond_guest(earlier) == 100 * KIB
+    assert earlier.beyond_guest(now) == 100 * KIB
 
 
 def test_memory_beyond_the_guest_is_unknown_without_a_mapping_of_its_size() -> None:
-    assert ResidentMemory.parse(STATUS, mapping(0, MIB, 500), 4 * MIB).beyond_guest is None
+    unknown, known = (ResidentMemory.parse(STATUS, mapping(0, size, 500), 4 * MIB) for size in (MIB, 4 * MIB))
+    assert unknown.beyond_guest(known) is None
+    assert known.beyond_guest(unknown) is None
 
 
 @pytest.mark.parametrize(
