@@ -2,7 +2,8 @@ import errno
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, contextmanager
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from dirtylog.errors import (
     RefusedError,
     UsageError,
 )
+from dirtylog.linux.mapping import Contents, MemfdMapping, memory_of
 from dirtylog.migration import channel as channel_module
 from dirtylog.migration.address import TCPAddress, UnixAddress
 from dirtylog.migration.channel import Channel, Listener, connect
@@ -33,22 +35,34 @@ from dirtylog.migration.messages import (
     encode,
 )
 from dirtylog.migration.protocol import Protocol, Role, Stage
-from dirtylog.units import PAGE_SIZE
+from dirtylog.units import MIB, PAGE_SIZE
 
 _HELLO = Hello("fake", (), False, 1, bytes(16))
 _WELCOME = Welcome("boot", 1, 1)
 
 
-@pytest.fixture
-def channels() -> Iterator[tuple[Channel, Channel]]:
+@contextmanager
+def _conversation(family: int) -> Iterator[tuple[Channel, Channel]]:
     """Both sides of a conversation that has begun."""
-    one, other = socket.socketpair()
+    if family == socket.AF_UNIX:
+        one, other = socket.socketpair()
+    else:
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            one = socket.create_connection(server.getsockname())
+            other, _ = server.accept()
     with Channel(one, Role.SOURCE) as source, Channel(other, Role.DESTINATION) as destination:
         source.send(_HELLO)
         assert destination.expect(Hello) == _HELLO
         destination.send(_WELCOME)
         assert source.expect(Welcome) == _WELCOME
         yield source, destination
+
+
+@pytest.fixture
+def channels() -> Iterator[tuple[Channel, Channel]]:
+    """On a Unix socket."""
+    with _conversation(socket.AF_UNIX) as channels:
+        yield channels
 
 
 @pytest.fixture
@@ -100,6 +114,72 @@ def test_payload_longer_than_the_kernel_takes_at_once_arrives_whole(channels: tu
     destination.receive_into(odd_sizes)
     task.join()
     assert np.array_equal(received, contents)
+
+
+@pytest.fixture
+def mapping() -> Iterator[MemfdMapping]:
+    """Four MiB of a memfd, no page like another."""
+    with closing(MemfdMapping("contents", 4 * MIB)) as mapping:
+        mapping.array.view(np.uint64)[:] = np.arange(mapping.size // 8)
+        yield mapping
+
+
+def _parts(mapping: MemfdMapping) -> tuple[Pages, list[Contents]]:
+    """Long parts and short ones in turn, with gaps between, the last a page before the end."""
+    ends = [100, 101, 300, 301, 303, 700, 701, 1023]
+    runs = np.array([(start, end - start) for start, end in pairwise([3, *ends])][::2], np.int64)
+    return Pages(0, runs), [mapping.part(start * PAGE_SIZE, (start + count) * PAGE_SIZE) for start, count in runs]
+
+
+@pytest.mark.parametrize("family", [socket.AF_UNIX, socket.AF_INET])
+def test_parts_of_files_arrive_as_what_is_in_them(mapping: MemfdMapping, family: int) -> None:
+    message, parts = _parts(mapping)
+    with _conversation(family) as (source, destination):
+        task = Task(lambda: source.send(message, parts))
+        assert destination.receive() == message
+        received = bytearray(message.payload_size)
+        destination.receive_into([memoryview(received)])
+        task.join()
+    assert received == b"".join(map(memory_of, parts))
+
+
+def test_parts_of_files_are_not_copied_before_they_are_received(
+    channels: tuple[Channel, Channel], mapping: MemfdMapping
+) -> None:
+    source, destination = channels
+    source.send(Pages(0, np.array([[0, 256]], np.int64)), [mapping.part(0, MIB)])
+    mapping.array[MIB - 1] = 0xEE
+    destination.receive()
+    received = bytearray(MIB)
+    destination.receive_into([memoryview(received)])
+    assert received == mapping.memory[:MIB]
+
+
+def test_peer_that_takes_no_file_counts_as_gone(channels: tuple[Channel, Channel], mapping: MemfdMapping) -> None:
+    source, _ = channels
+    source.set_timeout(0.02)
+    message = Pages(0, np.array([[0, 1024]], np.int64))
+
+    def send_for_ever() -> None:
+        while True:
+            source.send(message, [mapping.part(0, mapping.size)])
+
+    with pytest.raises(DisconnectedError, match="counts as gone"):
+        send_for_ever()
+
+
+def test_abort_ends_the_sending_of_a_file(channels: tuple[Channel, Channel], mapping: MemfdMapping) -> None:
+    source, _ = channels
+    message = Pages(0, np.array([[0, 1024]], np.int64))
+
+    def send_for_ever() -> None:
+        while True:
+            source.send(message, [mapping.part(0, mapping.size)])
+
+    task = Task(send_for_ever)
+    source.abort()
+    with pytest.raises(CancelledError):
+        task.join()
 
 
 def test_peer_that_sends_nothing_counts_as_gone(channels: tuple[Channel, Channel]) -> None:

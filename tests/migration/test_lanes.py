@@ -1,6 +1,6 @@
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from random import Random
 
@@ -10,6 +10,7 @@ from support.economies import WAYS, Fickle, Fixed
 from support.waiting import Task, wait_until
 
 from dirtylog.errors import CancelledError, DisconnectedError, ProtocolError, RefusedError
+from dirtylog.linux.mapping import Contents
 from dirtylog.memory import RAMBlock
 from dirtylog.migration import Parameters
 from dirtylog.migration import lanes as lanes_module
@@ -21,7 +22,7 @@ from dirtylog.migration.lanes import Lanes, senders
 from dirtylog.migration.messages import Failed, Join, Joined, Message, Pages, PassDone, PassEnd
 from dirtylog.migration.parameters import Compression
 from dirtylog.migration.protocol import Role
-from dirtylog.migration.ram import Batch, IncomingRAM, page_views, runs_of
+from dirtylog.migration.ram import Batch, IncomingRAM, page_parts, runs_of
 from dirtylog.migration.sender import Sender
 from dirtylog.units import MIB, PAGE_SIZE
 
@@ -89,7 +90,7 @@ class _Line:
 
     def batch(self, pages: list[int]) -> Batch:
         runs = runs_of(np.array(pages, np.int64))
-        return Batch(Pages(0, runs), page_views(self.block, runs), None)
+        return Batch(Pages(0, runs), page_parts(self.block, runs), None)
 
 
 @pytest.fixture
@@ -104,7 +105,7 @@ def _delay(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
     chance, never = Random(seed), threading.Event()  # noqa: S311 - repeatable, not secret
     send, receive = Channel.send, Channel.receive
 
-    def delayed_send(channel: Channel, message: Message, payload: list[memoryview] | None = None) -> int:
+    def delayed_send(channel: Channel, message: Message, payload: Iterable[Contents] = ()) -> int:
         never.wait(chance.choice((0, 0, 0.001, 0.003)))
         return send(channel, message, payload)
 

@@ -1,5 +1,5 @@
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import pytest
@@ -7,6 +7,7 @@ from support.fake_machine import FakeMachine
 from support.streams import fake_machine
 
 from dirtylog.errors import CancelledError, ProtocolError
+from dirtylog.linux.mapping import Contents, memory_of
 from dirtylog.memory import TrackingReason
 from dirtylog.migration import lanes as lanes_module
 from dirtylog.migration import precopy as precopy_module
@@ -27,9 +28,9 @@ class _Destination(Channel):
         self.starved_ns = 0
         self.number: int | None = None
 
-    def send(self, message: Message, payload: list[memoryview] | None = None) -> int:
+    def send(self, message: Message, payload: Iterable[Contents] = ()) -> int:
         self.heard.append(message)
-        return len(encode(message)) + sum(map(len, payload or ()))
+        return len(encode(message)) + sum(len(memory_of(part)) for part in payload)
 
     def receive(self) -> Message:
         last = self.heard[-1]

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from support.model_tracker import ModelWorld
 
 from dirtylog.errors import ProtocolError
+from dirtylog.linux.mapping import memory_of
 from dirtylog.memory import Client, Memory, MemoryListener, MemoryRegion, MemoryRegionSection, RAMBlock, TrackingReason
 from dirtylog.migration import ram as ram_module
 from dirtylog.migration.messages import Pages, ZeroPages
@@ -42,8 +43,8 @@ class _Copy:
         if batch.zeros is not None:
             self._ram.zero(batch.zeros)
         if batch.pages is not None:
-            for place, memory in zip(self._ram.place(batch.pages), batch.memory, strict=True):
-                place[:] = memory
+            for place, contents in zip(self._ram.place(batch.pages), batch.contents, strict=True):
+                place[:] = memory_of(contents)
 
 
 @pytest.fixture
@@ -84,7 +85,7 @@ def test_only_pages_that_are_not_all_zero_are_sent_with_contents(memory: Memory)
     array[9 * PAGE_SIZE + 8] = 0  # stored, yet zero
     batches = list(ram.batches())
     assert [page for batch in batches for page in _numbers(batch.pages)] == [3, 5]
-    assert [bytes(view) for batch in batches for view in batch.memory] == [
+    assert [bytes(memory_of(part)) for batch in batches for part in batch.contents] == [
         array[page * PAGE_SIZE : (page + 1) * PAGE_SIZE].tobytes() for page in (3, 5)
     ]
     zeros = [page for batch in batches for page in _numbers(batch.zeros)]

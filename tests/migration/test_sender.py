@@ -1,4 +1,4 @@
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -7,12 +7,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.economies import WAYS, Fickle, Fixed
 
+from dirtylog.linux.mapping import Contents, memory_of
 from dirtylog.memory import RAMBlock
 from dirtylog.migration.channel import Channel
 from dirtylog.migration.economy import TELLING, Economy, Way
 from dirtylog.migration.encoding import Compressor, Rows, SentCopies
 from dirtylog.migration.messages import EncodedPages, Message, Pages, ZeroPages, encode
-from dirtylog.migration.ram import Batch, IncomingRAM, page_views, runs_of
+from dirtylog.migration.ram import Batch, IncomingRAM, page_parts, runs_of
 from dirtylog.migration.sender import Sender, Sent
 from dirtylog.units import PAGE_SIZE
 
@@ -28,11 +29,11 @@ class _Destination(Channel):
         self.bytes = 0
         self._ram = IncomingRAM([self.block])
 
-    def send(self, message: Message, payload: list[memoryview] | None = None) -> int:
+    def send(self, message: Message, payload: Iterable[Contents] = ()) -> int:
         self.heard.append(message)
-        size = len(encode(message)) + sum(map(len, payload or ()))
+        data = b"".join(map(memory_of, payload))
+        size = len(encode(message)) + len(data)
         self.bytes += size
-        data = b"".join(payload or ())
         if isinstance(message, EncodedPages):
             assert len(data) == message.payload_size
             self._ram.decode(message, bytearray(data))
@@ -77,7 +78,7 @@ class _Line:
         return self.sender.send(
             Batch(
                 Pages(0, contents) if len(contents) else None,
-                page_views(self.block, contents),
+                page_parts(self.block, contents),
                 ZeroPages(0, zeros) if len(zeros) else None,
             )
         )
@@ -187,8 +188,8 @@ def test_without_other_ways_pages_are_sent_from_where_they_are(monkeypatch: pyte
     line.block.array[:] = 7
     payloads: list[list[memoryview]] = []
 
-    def send(_: Message, payload: list[memoryview]) -> int:
-        payloads.append(payload)
+    def send(_: Message, payload: Iterable[Contents]) -> int:
+        payloads.append([memory_of(part) for part in payload])
         return 100
 
     monkeypatch.setattr(line.destination, "send", send)

@@ -1,9 +1,10 @@
 """Moments of a migration at which a test steps in."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from enum import Enum
 
+from dirtylog.linux.mapping import Contents
 from dirtylog.migration.channel import Channel
 from dirtylog.migration.messages import Message
 from dirtylog.migration.protocol import Role
@@ -68,7 +69,7 @@ def install(checkpoint: Checkpoint, act: Callable[[], None], patch: Callable[[ty
         met.append(checkpoint)
         return True
 
-    def patched_send(channel: Channel, message: Message, payload: list[memoryview] | None = None) -> int:
+    def patched_send(channel: Channel, message: Message, payload: Iterable[Contents] = ()) -> int:
         if here(channel, Moment.BEFORE_SENDING, message):
             act()
         if here(channel, Moment.WITHIN, message):

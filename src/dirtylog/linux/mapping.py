@@ -6,6 +6,7 @@ import fcntl
 import mmap
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -86,6 +87,30 @@ def is_readable(address: int, size: int) -> bool:
         return False
     answer = _libc.madvise(end - PAGE_SIZE, PAGE_SIZE, _MADV_POPULATE_READ)
     return answer == 0 or ctypes.get_errno() == errno.EINVAL
+
+
+@dataclass(frozen=True, slots=True)
+class FilePart:
+    """A part of a file that is mapped, too.
+
+    Attributes:
+        memory: it, as mapped.
+        fd: the file; -1 or another once the mapping was closed.
+        offset: where in the file.
+    """
+
+    memory: memoryview
+    fd: int
+    offset: int
+
+
+Contents = memoryview | FilePart
+"""Bytes to send."""
+
+
+def memory_of(contents: Contents) -> memoryview:
+    """They, as memory."""
+    return contents.memory if isinstance(contents, FilePart) else contents
 
 
 class _Mapped:
@@ -178,6 +203,10 @@ class MemfdMapping(_Mapped):
             yield data, hole
             start = hole
 
+    def part(self, start: int, end: int) -> Contents:
+        """[start, end), as memory and as a part of the memfd, for whoever can send the one or the other."""
+        return FilePart(self.memory[start:end], self.fd, start)
+
     def make_huge(self, start: int) -> bool:
         """Back the hole of `HUGE_PAGE_SIZE` bytes at ``start`` with a huge page, if the kernel has one.
 
@@ -234,6 +263,10 @@ class BufferMapping(_Mapped):
         """All of it counts as data: nobody knows."""
         if start < end:
             yield start, end
+
+    def part(self, start: int, end: int) -> Contents:
+        """[start, end)."""
+        return self.memory[start:end]
 
     def punch(self, start: int, size: int) -> None:
         """Zero [start, start + size)."""

@@ -1,20 +1,22 @@
 """The sockets of a migration: the only module that does its I/O."""
 
 import contextlib
+import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Final, Self, TypeVar
 
 from dirtylog.errors import CancelledError, DirtylogError, DisconnectedError, HostError, ProtocolError, RefusedError
+from dirtylog.linux.mapping import Contents, FilePart, memory_of
 from dirtylog.linux.socketfile import SocketFile
 from dirtylog.linux.sockets import keep_alive, set_buffers, set_timeouts
 from dirtylog.linux.wakeup import Waiter, Wakeup
 from dirtylog.migration.address import Address, TCPAddress, UnixAddress
 from dirtylog.migration.messages import MAX_CHANNELS, Failed, Message
 from dirtylog.migration.protocol import Protocol, Role
-from dirtylog.units import MIB
+from dirtylog.units import KIB, MIB
 
 BUFFER_SIZE: Final = 4 * MIB
 CONNECT_TIMEOUT: Final = 10.0
@@ -22,6 +24,8 @@ HANDSHAKE_TIMEOUT: Final = 10.0
 STALL_TIMEOUT: Final = 30.0
 """Seconds without a byte moving after which the peer counts as gone."""
 _IOV_MAX: Final = 1024
+_FILE_SIZE: Final = 64 * KIB
+"""Shorter parts of files are sent faster as memory, many in one call."""
 _DRAIN_SECONDS: Final = 2.0
 
 _M = TypeVar("_M", bound=Message)
@@ -39,6 +43,8 @@ class Channel:
         self._socket = sock
         self._protocol = Protocol(role)
         self._aborted = False
+        # Linux 6.5 on. Measured: half the sender's CPU on a Unix socket, half as much again over TCP's loopback.
+        self._sends_files = sock.family == socket.AF_UNIX
         self.peer = "destination" if role is Role.SOURCE else "source"
         try:
             with self._io():
@@ -67,14 +73,35 @@ class Channel:
         """How long nothing may move."""
         set_timeouts(self._socket, seconds)
 
-    def send(self, message: Message, payload: list[memoryview] | None = None) -> int:
-        """Send a message and what belongs to it; how many bytes that were."""
-        buffers = [memoryview(self._protocol.send(message)), *(payload or ())]
-        total = sum(map(len, buffers))
+    def send(self, message: Message, payload: Iterable[Contents] = ()) -> int:
+        """Send a message and what belongs to it; how many bytes that were.
+
+        What is long and in a file is not copied into the socket, which only refers to its pages: the peer may get what
+        is written there until it has received them, as long as the migration lasts.
+        """
+        buffers = [memoryview(self._protocol.send(message))]
+        total = len(buffers[0])
         with self._io():
-            while buffers:
-                _advance(buffers, self._socket.sendmsg(buffers[:_IOV_MAX]))
+            for part in payload:
+                memory = memory_of(part)
+                total += len(memory)
+                if isinstance(part, FilePart) and self._sends_files and len(memory) >= _FILE_SIZE:
+                    self._send_buffers(buffers)
+                    self._send_file(part)
+                    buffers = []
+                else:
+                    buffers.append(memory)
+            self._send_buffers(buffers)
         return total
+
+    def _send_buffers(self, buffers: list[memoryview]) -> None:
+        while buffers:
+            _advance(buffers, self._socket.sendmsg(buffers[:_IOV_MAX]))
+
+    def _send_file(self, part: FilePart) -> None:
+        offset, end = part.offset, part.offset + len(part.memory)
+        while offset < end:
+            offset += os.sendfile(self._socket.fileno(), part.fd, offset, end - offset)
 
     def receive(self) -> Message:
         """The next message; the payload of `Pages` is to be fetched with `receive_into`."""

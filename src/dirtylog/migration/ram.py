@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dirtylog.errors import ProtocolError
+from dirtylog.linux.mapping import Contents
 from dirtylog.memory import ClearChunks, MemoryRegion, Numbers, PageBitmap, RAMBlock
 from dirtylog.migration.encoding import decompress
 from dirtylog.migration.messages import EncodedPages, Pages, Runs, RunTable, ZeroPages
@@ -22,10 +23,10 @@ _WINDOW_PAGES: Final = 1 << 15
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Some of the dirty pages: contents to send, as `pages` announces them and `memory` holds them; and zero pages."""
+    """Some of the dirty pages: contents to send, as `pages` announces and `contents` holds them; and zero pages."""
 
     pages: Pages | None
-    memory: list[memoryview]
+    contents: Sequence[Contents]
     zeros: ZeroPages | None
 
 
@@ -82,10 +83,10 @@ class DirtyRAM:
 
     def _batch(self, pages: Numbers) -> Batch:
         filled = self._filled(pages)
-        zeros, contents = pages[~filled], runs_of(pages[filled])
+        zeros, runs = pages[~filled], runs_of(pages[filled])
         return Batch(
-            Pages(self._index, contents) if len(contents) else None,
-            page_views(self._block, contents),
+            Pages(self._index, runs) if len(runs) else None,
+            page_parts(self._block, runs),
             ZeroPages(self._index, runs_of(zeros)) if len(zeros) else None,
         )
 
@@ -187,6 +188,11 @@ def runs_of(pages: Numbers) -> Runs:
 
 
 def page_views(block: RAMBlock, runs: Runs) -> list[memoryview]:
-    """The memory of each run."""
+    """The memory of each run, to be filled."""
     memory = block.memory
     return [memory[start:end] for start, end in (runs.cumsum(axis=1) * PAGE_SIZE).tolist()]
+
+
+def page_parts(block: RAMBlock, runs: Runs) -> list[Contents]:
+    """The contents of each run, to be sent."""
+    return [block.mapping.part(start, end) for start, end in (runs.cumsum(axis=1) * PAGE_SIZE).tolist()]

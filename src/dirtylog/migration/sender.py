@@ -12,6 +12,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
+from dirtylog.linux.mapping import Contents
 from dirtylog.memory import Numbers, RAMBlock
 from dirtylog.migration.channel import Channel
 from dirtylog.migration.economy import LEVELS, TELLING, Economy, Way
@@ -100,12 +101,12 @@ class Sender:
             if self._copies is not None:  # holes come in runs of many pages, which only copies need one by one
                 self._copies.forget(batch.zeros.block, batch.zeros.numbers)
         if batch.pages is not None and not self.economy.ways:
-            sent.add(Way.PLAIN, batch.pages.pages, self.channel.send(batch.pages, batch.memory))
+            sent.add(Way.PLAIN, batch.pages.pages, self.channel.send(batch.pages, batch.contents))
         elif batch.pages is not None:
-            self._choose(batch.pages, batch.memory, sent)
+            self._choose(batch.pages, batch.contents, sent)
         return sent
 
-    def _choose(self, pages: Pages, memory: list[memoryview], sent: Sent) -> None:
+    def _choose(self, pages: Pages, contents: Sequence[Contents], sent: Sent) -> None:
         numbers = pages.numbers
         known = self._known(pages.block, numbers)
         self._sample(pages.block, numbers, known)
@@ -117,7 +118,7 @@ class Sender:
         if fresh is Way.PLAIN and not keeps and not (again is Way.DELTA and known.any()):
             self._forget(pages.block, numbers)
             began = time.monotonic()
-            size = self.channel.send(pages, memory)
+            size = self.channel.send(pages, contents)
             self.economy.sent_plain(size, time.monotonic() - began)
             sent.add(Way.PLAIN, pages.pages, size)
             return
