@@ -1,4 +1,4 @@
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import pairwise
 from random import Random
 
@@ -10,7 +10,16 @@ from support.model_tracker import ModelWorld
 
 from dirtylog.errors import ProtocolError
 from dirtylog.linux.mapping import memory_of
-from dirtylog.memory import Client, Memory, MemoryListener, MemoryRegion, MemoryRegionSection, RAMBlock, TrackingReason
+from dirtylog.memory import (
+    Client,
+    Memory,
+    MemoryListener,
+    MemoryRegion,
+    MemoryRegionSection,
+    PageBitmap,
+    RAMBlock,
+    TrackingReason,
+)
 from dirtylog.migration import ram as ram_module
 from dirtylog.migration.messages import Pages, ZeroPages
 from dirtylog.migration.ram import BATCH_PAGES, Batch, DirtyRAM, IncomingRAM, page_views, runs_of
@@ -182,6 +191,7 @@ def test_batches_cover_what_is_dirty_once_and_in_order(filled: set[int], dirty: 
         memory.start_logging(TrackingReason.MIGRATION)
         region.test_and_clear_dirty(0, region.size, Client.MIGRATION)
         for page in dirty:
+            array[page * PAGE_SIZE] = page in filled  # no part of a hole any more
             region.set_dirty(page * PAGE_SIZE, 1)
         assert ram.harvest() == len(dirty)
         batches = list(ram.batches())
@@ -189,6 +199,78 @@ def test_batches_cover_what_is_dirty_once_and_in_order(filled: set[int], dirty: 
         assert sorted(page for batch in batches for page in _numbers(batch.zeros)) == sorted(dirty - filled)
     finally:
         memory.close()
+
+
+def _numbered_zeros(batches: Iterable[Batch]) -> list[int]:
+    return [page for batch in batches for page in _numbers(batch.zeros)]
+
+
+def test_hole_is_announced_whole_and_its_log_is_left_alone(memory: Memory) -> None:
+    region, ram = _dirty_ram(memory, 10 * 64)
+    _block(region).array[[130 * PAGE_SIZE, 330 * PAGE_SIZE]] = 1
+    memory.start_logging(TrackingReason.MIGRATION)
+    cleared: list[str] = []
+    memory.register(_Order(cleared), memory.address_space("system", region))
+    ram.harvest()
+    assert [batch.zeros.runs.tolist() for batch in ram.batches() if batch.zeros is not None] == [
+        [[0, 128]],
+        [[128, 2], [131, 61]],
+        [[192, 128]],
+        [[320, 10], [331, 53]],
+        [[384, 256]],
+    ]
+    assert cleared == ["clear 128+64", "clear 320+64"]
+
+
+def test_hole_that_the_log_still_calls_dirty_is_not_sent_again(memory: Memory) -> None:
+    region, ram = _dirty_ram(memory, 10 * 64)
+    _send_all(memory, region, ram)
+    for _ in range(2):
+        region.set_dirty(0, region.size)
+        assert ram.harvest() == 0
+        assert ram.pages == 0
+        assert list(ram.batches()) == []
+
+
+def test_part_of_a_hole_that_was_written_to_is_sent_and_cleared(memory: Memory) -> None:  # D1, D3
+    region, ram = _dirty_ram(memory, 10 * 64)
+    _send_all(memory, region, ram)
+    cleared: list[str] = []
+    memory.register(_Order(cleared), memory.address_space("system", region))
+    _block(region).array[130 * PAGE_SIZE] = 1
+    for fresh in (1, 1, 1):
+        region.set_dirty(0, region.size)
+        assert ram.harvest() == fresh
+        (batch,) = ram.batches()
+        assert _numbers(batch.pages) == [130]
+        assert cleared == ["clear 128+64"]
+        cleared.clear()
+
+
+def test_page_of_a_hole_that_was_written_to_and_is_zero_is_sent_as_zero(memory: Memory) -> None:  # M4
+    region, ram = _dirty_ram(memory, 10 * 64)
+    _send_all(memory, region, ram)
+    _block(region).array[130 * PAGE_SIZE] = 0
+    region.set_dirty(0, region.size)
+    assert ram.harvest() == 1
+    assert _numbered_zeros(ram.batches()) == [130]
+
+
+def test_hole_of_which_only_some_pages_are_to_be_sent_is_cleared_as_all_else(memory: Memory) -> None:  # D3
+    region, ram = _dirty_ram(memory, 10 * 64)
+    array = _block(region).array
+    array[:] = 1
+    _send_all(memory, region, ram)
+    _block(region).mapping.punch(0, region.size)
+    cleared: list[str] = []
+    memory.register(_Order(cleared), memory.address_space("system", region))
+    region.set_dirty(0, 100 * PAGE_SIZE)
+    assert ram.harvest() == 100
+    assert _numbered_zeros(ram.batches()) == [*range(100)]
+    assert cleared == ["clear 0+64", "clear 64+64"]
+
+
+_MOMENTS = 40
 
 
 class _RacingGuest(MemoryListener):
@@ -213,7 +295,7 @@ def test_no_write_of_a_racing_guest_is_lost(  # D1, D3
     def some_pages() -> list[int]:
         nonlocal moments
         moments += 1
-        return [random.randrange(pages) for _ in range(3)] if moments < 40 else []
+        return [random.randrange(pages) for _ in range(3)] if moments <= _MOMENTS else []
 
     world = ModelWorld(mode, pages)
     copy = _Copy(pages)
@@ -224,13 +306,15 @@ def test_no_write_of_a_racing_guest_is_lost(  # D1, D3
         world.memory.start_logging(TrackingReason.MIGRATION)
         world.write([page * PAGE_SIZE for page in some_pages()])
         ram = DirtyRAM(0, world.ram, _block(world.ram), chunk)
-        while ram.pages:
+        while ram.pages or moments < _MOMENTS:
             for batch in ram.batches():
                 world.write([page * PAGE_SIZE for page in some_pages()])
                 copy.take(batch)
                 world.write([page * PAGE_SIZE for page in some_pages()])
             world.memory.sync_dirty_log()
             ram.harvest()
+            world.write([page * PAGE_SIZE for page in some_pages()])
+            world.ram.harvest_dirty(PageBitmap(pages), client=Client.WATCH)  # clears all of the log
         assert np.array_equal(copy.block.array, _block(world.ram).array)
     finally:
         copy.block.close()
