@@ -52,6 +52,8 @@ def test_extents_are_where_data_is_cropped_to_what_was_asked(mapping: MemfdMappi
     assert list(mapping.extents(5 * PAGE_SIZE, 9 * PAGE_SIZE)) == []
     assert list(mapping.extents(10 * PAGE_SIZE, 16 * PAGE_SIZE)) == []
     assert list(mapping.extents(0, 0)) == []
+    found = [mapping.next_data(page * PAGE_SIZE, 9 * PAGE_SIZE) // PAGE_SIZE for page in (0, 3, 4, 5, 9, 10)]
+    assert found == [2, 3, 4, 9, 9, 9]
 
 
 def test_extents_after_close_are_an_error() -> None:

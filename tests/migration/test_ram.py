@@ -109,6 +109,18 @@ def test_looking_at_holes_does_not_allocate_them(memory: Memory) -> None:
     assert list(_block(region).mapping.extents(0, region.size)) == [(500 * PAGE_SIZE, 501 * PAGE_SIZE)]
 
 
+def test_data_that_become_a_hole_are_sent_as_zero(memory: Memory) -> None:  # M4
+    region, ram = _dirty_ram(memory, 200)
+    _block(region).array[:] = 1
+    _send_all(memory, region, ram)
+    _block(region).mapping.punch(64 * PAGE_SIZE, 10 * PAGE_SIZE)
+    region.set_dirty(60 * PAGE_SIZE, 20 * PAGE_SIZE)
+    ram.harvest()
+    batches = list(ram.batches())
+    assert _numbered_zeros(batches) == [*range(64, 74)]
+    assert [page for batch in batches for page in _numbers(batch.pages)] == [*range(60, 64), *range(74, 80)]
+
+
 def test_second_pass_sends_what_was_written_since(memory: Memory) -> None:
     region, ram = _dirty_ram(memory, 200)
     space = memory.address_space("system", region)

@@ -188,20 +188,23 @@ class MemfdMapping(_Mapped):
     def extents(self, start: int, end: int) -> Iterator[tuple[int, int]]:
         """The parts of [start, end) that hold data, as (start, end); the rest are holes, which read as zeros.
 
-        Reading a hole through the mapping would allocate it, so those who look for data ask here first.
+        Reading a hole through the mapping would allocate it, so those who look for data ask here first. Where data end
+        takes as long to find as they are long, past ``end`` too: some 6 ms a GiB.
         """
-        while start < end:
-            try:
-                data = os.lseek(self.fd, start, os.SEEK_DATA)
-            except OSError as error:
-                if error.errno == errno.ENXIO:  # no data from here to the end of the file
-                    return
-                raise kernel_error("lseek SEEK_DATA", error) from error
-            if data >= end:
-                return
-            hole = min(os.lseek(self.fd, data, os.SEEK_HOLE), end)
-            yield data, hole
-            start = hole
+        while (data := self.next_data(start, end)) < end:
+            start = min(os.lseek(self.fd, data, os.SEEK_HOLE), end)
+            yield data, start
+
+    def next_data(self, start: int, end: int) -> int:
+        """Where the first data in [start, end) begin; ``end`` if it is a hole. Takes no time where there are data."""
+        if start >= end:
+            return end
+        try:
+            return min(os.lseek(self.fd, start, os.SEEK_DATA), end)
+        except OSError as error:
+            if error.errno == errno.ENXIO:  # no data from here to the end of the file
+                return end
+            raise kernel_error("lseek SEEK_DATA", error) from error
 
     def part(self, start: int, end: int) -> Contents:
         """[start, end), as memory and as a part of the memfd, for whoever can send the one or the other."""
@@ -263,6 +266,10 @@ class BufferMapping(_Mapped):
         """All of it counts as data: nobody knows."""
         if start < end:
             yield start, end
+
+    def next_data(self, start: int, end: int) -> int:
+        """Right there, for the same reason."""
+        return min(start, end)
 
     def part(self, start: int, end: int) -> Contents:
         """[start, end)."""

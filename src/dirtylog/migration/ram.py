@@ -49,6 +49,8 @@ class DirtyRAM:
         self._to_send = PageBitmap(block.pages)
         self._to_send.set()
         self._chunks = ClearChunks(block.pages, clear_chunk)
+        self._known = (0, 0)
+        """First page and end of some data. Should they become a hole meanwhile, reading them only costs memory."""
         self._holes: list[tuple[int, int]] = []
         """First pages and ends of what was announced as zero, and was a hole at the last sync."""
 
@@ -94,10 +96,10 @@ class DirtyRAM:
 
     def _hole(self, first: int) -> int:
         """How many pages from there on are a hole, in whole chunks or up to the end."""
-        data = next(self._block.mapping.extents(first * PAGE_SIZE, self._block.size), None)
-        if data is None:
-            return self._block.pages - first
-        return (data[0] // PAGE_SIZE - first) // self._chunks.chunk * self._chunks.chunk
+        data = self._block.mapping.next_data(first * PAGE_SIZE, self._block.size) // PAGE_SIZE
+        if data == self._block.pages:
+            return data - first
+        return (data - first) // self._chunks.chunk * self._chunks.chunk
 
     def _announce_hole(self, first: int, end: int) -> Batch:
         self._to_send.clear(first, end - first)
@@ -115,8 +117,8 @@ class DirtyRAM:
         pages = self._to_send.indices(first, count)
         self._to_send.clear(first, count)
         stored = np.zeros(count, np.bool_)
-        for start, end in self._block.mapping.extents(first * PAGE_SIZE, (first + count) * PAGE_SIZE):
-            stored[start // PAGE_SIZE - first : -(-end // PAGE_SIZE) - first] = True
+        for start, end in self._data(first, first + count):
+            stored[start - first : end - first] = True
         hit = stored[pages - first]
         holes, data = pages[~hit], pages[hit]
         if len(holes):
@@ -125,6 +127,19 @@ class DirtyRAM:
             end = _batch_end(data)
             yield self._batch(data[:end])
             data = data[end:]
+
+    def _data(self, first: int, end: int) -> Iterator[tuple[int, int]]:
+        """The parts of a range of pages that are data, or were when it was last asked how far they go."""
+        while first < end:
+            if not self._known[0] <= first < self._known[1]:
+                extent = next(self._block.mapping.extents(first * PAGE_SIZE, self._block.size), None)
+                if extent is None:
+                    return
+                self._known = extent[0] // PAGE_SIZE, -(-extent[1] // PAGE_SIZE)
+            start, after = max(first, self._known[0]), min(self._known[1], end)
+            if start < after:
+                yield start, after
+            first = max(after, self._known[0])
 
     def _batch(self, pages: Numbers) -> Batch:
         filled = self._filled(pages)
@@ -200,7 +215,8 @@ class IncomingRAM:
         """
         block = self._checked(message)
         for first, count in message.runs.tolist():
-            for start, end in block.mapping.extents(first * PAGE_SIZE, (first + count) * PAGE_SIZE):
+            start, end = first * PAGE_SIZE, (first + count) * PAGE_SIZE
+            if block.mapping.next_data(start, end) < end:
                 block.mapping.punch(start, end - start)
 
     def _checked(self, message: RunTable) -> RAMBlock:
