@@ -163,56 +163,50 @@ def measure(name: str, size: int, cases: Sequence[Case], runs: int, program: Pat
 
 
 class _Pair:
-    """Both sides, or one alone, that do each step in turn, so that what else the host does strikes both."""
+    """Both sides, or one alone, in turn: one goes through all steps, as users do, and then the other.
+
+    Who goes first alternates, so that whatever else the host does strikes both.
+    """
 
     def __init__(self, sides: Sequence[Side], pages: int, *, all_first: bool) -> None:
         self._sides = sides
         self._pages = pages
         self._all_first = all_first
         self._written = 0
-        self._turns = list(range(len(sides)))
 
     def measure(self, written: Numbers, runs: int) -> list[dict[str, Samples]]:
         """The times of each side, after once for warming up."""
         self._written = written.size
+        samples: list[dict[str, Samples]] = [{step: [] for step in STEPS} for _ in self._sides]
+        turns = list(zip(self._sides, samples, strict=True))
         for side in self._sides:
             side.choose(written)
-        samples: list[dict[str, Samples]] = [{step: [] for step in STEPS} for _ in self._sides]
-        self._run()
+            self._run(side)
         for _ in range(runs):
-            for step, times in self._run().items():
-                for kept, seconds in zip(samples, times, strict=True):
+            for side, kept in turns:
+                for step, seconds in self._run(side).items():
                     kept[step].append(seconds)
-            self._turns.reverse()
+            turns.reverse()
         return samples
 
-    def _run(self) -> dict[str, list[float]]:
+    def _run(self, side: Side) -> dict[str, float]:
         taken = {}
-        self._each(lambda side: side.write())  # pages that were protected become writable
-        untracked = self._each(lambda side: side.write())
-        taken[ARM] = self._each(lambda side: side.arm())
+        side.write()  # pages that were protected become writable
+        untracked = side.write()
+        taken[ARM] = side.arm()
         if self._all_first:
-            self._each(self._collect)
-            self._each(self._clear_whole)
-        tracked = self._each(lambda side: side.write())
-        taken[COLLECT] = self._each(self._collect)
-        taken[CLEAR] = self._each(self._clear_whole)
-        self._each(lambda side: side.write())
-        self._each(self._collect)
-        taken[CLEAR_CHUNKS] = self._each(lambda side: side.clear(CHUNK_PAGES))
-        taken[DISARM] = self._each(lambda side: side.disarm())
+            self._collect(side)
+            side.clear(self._pages)
+        tracked = side.write()
+        self._collect(side)
+        taken[CLEAR_CHUNKS] = side.clear(CHUNK_PAGES)
+        side.write()
+        taken[COLLECT] = self._collect(side)
+        taken[CLEAR] = side.clear(self._pages)
+        taken[DISARM] = side.disarm()
         if self._written:
-            taken[FIRST_WRITE] = [(more - less) / self._written for more, less in zip(tracked, untracked, strict=True)]
+            taken[FIRST_WRITE] = (tracked - untracked) / self._written
         return taken
-
-    def _each(self, action: Callable[[Side], float]) -> list[float]:
-        seconds = [0.0 for _ in self._sides]
-        for turn in self._turns:
-            seconds[turn] = action(self._sides[turn])
-        return seconds
-
-    def _clear_whole(self, side: Side) -> float:
-        return side.clear(self._pages)
 
     def _collect(self, side: Side) -> float:
         seconds, found = side.collect()

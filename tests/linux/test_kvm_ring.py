@@ -100,6 +100,18 @@ def test_what_was_seen_does_not_change_with_the_ring() -> None:
     assert seen.tolist() == [(1, 0, 7)]
 
 
+def test_what_nobody_has_seen_is_not_released() -> None:  # D1
+    kernel = KernelRing()
+    ring = DirtyRing(kernel.entries)
+    kernel.push(0, 1, 2)
+    assert ring.release() == 0
+    assert pages(ring) == [1, 2]
+    kernel.push(0, 3)
+    assert ring.release() == kernel.reset_some() == 2
+    assert ring.release() == 0
+    assert move(ring, kernel) == [3]
+
+
 @pytest.mark.parametrize("start", [0, 1, 500, MIN_RING_ENTRIES - 1])
 @pytest.mark.parametrize("count", [1, 600, MIN_RING_ENTRIES - 1])
 def test_entries_are_in_order_wherever_the_ring_wraps(start: int, count: int) -> None:

@@ -173,6 +173,32 @@ def test_pages_are_those_that_a_loop_finds(pages: int, bursts: list[tuple[int, i
     assert bench.rings.overflows == 0
 
 
+@given(
+    st.integers(0, MIN_RING_ENTRIES),
+    st.lists(
+        st.tuples(
+            st.sampled_from([3, 3, 4, 7]),
+            st.one_of(st.integers(900, 1100), st.integers(0, 50_000), st.sampled_from([49_999, (1 << 64) - 1])),
+        ),
+        max_size=300,
+    ),
+)
+def test_entries_of_several_slots_close_and_far_are_told_apart_where_the_ring_wraps(
+    start: int, entries: list[tuple[int, int]]
+) -> None:  # D1 D9
+    bench = Bench(pages=49_999)
+    bench.rings.watch(bench.other)
+    for first in range(0, start, 500):
+        bench.push(7, *[0] * min(500, start - first))
+        bench.rings.reap()
+    for slot, page in entries:
+        bench.push(slot, page)
+    for watched in (bench.slot, bench.other):
+        expected = {page for number, page in entries if number == watched.number and page < watched.pages}
+        assert bench.collect(watched) == expected
+    assert bench.vm.rings[0].reset == start + len(entries)
+
+
 @pytest.mark.parametrize("more", [0, 1, 500])
 def test_overflow_has_all_pages_protected_and_reported(more: int) -> None:  # D1
     bench = Bench(cpus=2)

@@ -15,6 +15,7 @@ from dirtylog.errors import ClosedError, HostError, KernelError, UsageError
 from dirtylog.linux import kvm_abi as abi
 from dirtylog.linux.ioctl import Request, ioctl, ioctl_unsigned, kernel_error
 from dirtylog.linux.kvm_abi import Capability, ExitReason
+from dirtylog.linux.signals import signals_blocked
 from dirtylog.units import PAGE_SIZE
 
 Words = npt.NDArray[np.uint64]
@@ -158,11 +159,8 @@ class VM(_Handle):
         Signals wait meanwhile. Recent kernels give up when one is pending, and leave pages of the last entries that
         they count unprotected.
         """
-        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
-        try:
+        with signals_blocked():
             return self._ioctl(abi.RESET_DIRTY_RINGS)
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
     def assign_eventfd(self, eventfd: abi.IOEventFD, *, assign: bool) -> None:
         """Have writes signal an eventfd instead of leaving the guest, or no longer."""
@@ -415,7 +413,8 @@ def _open_device(path: str) -> int:
 def _address(words: Words) -> int:
     if words.dtype != np.uint64 or not words.flags.c_contiguous:
         raise UsageError("a dirty bitmap must be contiguous 64-bit words")
-    return int(words.ctypes.data)
+    address: int = words.__array_interface__["data"][0]  # words.ctypes runs much Python code for it
+    return address
 
 
 def _check_parts(what: str, state: dict[str, bytes], sizes: dict[str, int]) -> None:

@@ -90,6 +90,14 @@ _SCAN_FLAGS: Final = {
 """By the arguments ``protect`` and ``watched`` of a scan; computing them costs as much as a short scan."""
 
 
+class _Room:
+    """Where a scan puts what it finds. That a numpy array tells its address takes as long as a short scan."""
+
+    def __init__(self) -> None:
+        self.regions = np.empty(_REGIONS_PER_CALL, REGION)
+        self.address = self.regions.ctypes.data
+
+
 class Pagemap:
     """An open pagemap of this process.
 
@@ -102,7 +110,7 @@ class Pagemap:
 
     def __init__(self, path: str = PAGEMAP) -> None:
         self._made_by = MadeBy()
-        self._regions, self._others = (np.empty(_REGIONS_PER_CALL, REGION) for _ in range(2))
+        self._room, self._other = _Room(), _Room()
         try:
             self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
@@ -151,22 +159,23 @@ class Pagemap:
         """
         found: list[npt.NDArray[np.void]] = []
         flags, category = _SCAN_FLAGS[protect, watched], int(wanted)
-        self._regions, self._others = self._others, self._regions
+        self._room, self._other = self._other, self._room
+        regions = self._room.regions
         while start < end:
             argument = ScanArgument(
                 size=ctypes.sizeof(ScanArgument),
                 flags=flags,
                 start=start,
                 end=end,
-                vec=self._regions.ctypes.data,
+                vec=self._room.address,
                 vec_len=_REGIONS_PER_CALL,
                 category_mask=category,
                 return_mask=category,
             )
             count = self._scan(argument)
             if not found and count < _REGIONS_PER_CALL:
-                return self._regions[:count]
-            found.append(self._regions[:count].copy())
+                return regions[:count]
+            found.append(regions[:count].copy())
             # The kernel says where it stopped for want of room last, also if it went on from there to the end: asking
             # anew from that place would find the rest a second time.
             start = end if count < _REGIONS_PER_CALL else max(argument.walk_end, int(found[-1]["end"][-1]))

@@ -23,13 +23,19 @@ from dirtylog.linux.kvm_ring import DirtyRing, Entries, enable_dirty_rings, map_
 from dirtylog.memory import PageBitmap, Words
 from dirtylog.trackers.kvm_slot import MemorySlot
 from dirtylog.trackers.listener import Hold
-from dirtylog.units import WORD_BITS
+from dirtylog.units import WORD_BITS, word_count
 
 DEFAULT_RING_ENTRIES: Final = 1 << 16
 """As many as kernels allow, a MiB for each vCPU. A smaller ring makes its vCPU leave the guest, and overflows, more."""
 
 _ATTEMPTS: Final = 100
 """How often KVM is asked to protect what was taken. Once is enough, unless the process is stopped meanwhile."""
+
+_ONE: Final = np.uint64(1)
+_LAST_BIT: Final = np.uint64(WORD_BITS - 1)
+_WORD_SHIFT: Final = np.uint64(WORD_BITS.bit_length() - 1)
+_DENSE: Final = 128
+"""Up to so many pages for each that is named, setting bytes and packing them costs less than joining bits."""
 
 Pages = npt.NDArray[np.uint64]
 
@@ -50,6 +56,22 @@ class _Log:
     def __init__(self, slot: MemorySlot) -> None:
         self.slot = slot
         self.written = PageBitmap(slot.pages)
+
+    def note(self, pages: Pages) -> None:
+        """Add pages, but for those past the slot's end."""
+        if pages.max() >= self.written.pages:
+            pages = pages[pages < self.written.pages]
+            if not pages.size:
+                return
+        first, end = int(pages.min()) // WORD_BITS, word_count(int(pages.max()) + 1)
+        words = self.written.words[first:end]
+        offsets = pages - np.uint64(first * WORD_BITS)
+        if words.size * WORD_BITS <= offsets.size * _DENSE:
+            written = np.zeros(words.size * WORD_BITS, np.bool_)
+            written[offsets.view(np.int64)] = True
+            words |= np.packbits(written, bitorder="little").view(np.uint64)
+        else:
+            np.bitwise_or.at(words, (offsets >> _WORD_SHIFT).view(np.int64), _ONE << (offsets & _LAST_BIT))
 
     def start_over(self) -> None:
         self.written.set()
@@ -178,20 +200,24 @@ class DirtyRings:
             self._lost = True
         entries = cpu.ring.peek()
         for log, pages in self._by_slot(entries):
-            words = (pages // np.uint64(WORD_BITS)).astype(np.intp)
-            np.bitwise_or.at(log.written.words, words, np.uint64(1) << pages % np.uint64(WORD_BITS))
+            log.note(pages)
         self._unprotected += cpu.ring.release()
         if entries.size:
             cpu.taken += entries.size
             cpu.stuck = False
 
     def _by_slot(self, entries: Entries) -> Iterator[tuple[_Log, Pages]]:
-        """The pages that entries name, by slot; without those of slots that are not watched, or that end before."""
-        for number in np.unique(entries["slot"]):
-            log = self._logs.get(int(number))
+        """The pages that entries name, by slot; without those of slots that are not watched."""
+        slots, pages = entries["slot"], entries["offset"]
+        while slots.size:
+            same = slots == slots[0]
+            only_one = bool(same.all())
+            log = self._logs.get(int(slots[0]))
             if log is not None:
-                pages = entries["offset"][entries["slot"] == number]
-                yield log, pages[pages < log.written.pages]
+                yield log, pages if only_one else pages[same]
+            if only_one:
+                return
+            slots, pages = slots[~same], pages[~same]
 
     def _protect(self) -> None:
         attempts = 0

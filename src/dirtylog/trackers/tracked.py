@@ -53,7 +53,7 @@ class TrackedRange(Generic[T_co]):
 
     def collect(self) -> PageBitmap:
         """The pages written and not cleared since; none past the end, whatever the tracker says."""
-        words = np.zeros(self.collected.words.size, np.uint64)
+        words = np.empty_like(self.collected.words)
         self.tracker.collect(words)
         fresh = PageBitmap(self.pages, words)
         self.collected.words |= fresh.words
