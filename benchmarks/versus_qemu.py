@@ -21,8 +21,8 @@ from benchmarks.support.measure import Run, Setup, measure
 from benchmarks.support.peers import QEMU, Dirtylog, Peer, Terms
 from benchmarks.support.report import Host, encode, line, tables
 from benchmarks.support.script import run_script
-from benchmarks.support.workloads import Idle, Rounds, Workload
-from dirtylog.cli.options import DURATION, SIZE
+from benchmarks.support.workloads import Idle, Pulses, Rounds, Workload
+from dirtylog.cli.options import DURATION, RATE, SIZE
 from dirtylog.errors import UsageError
 from dirtylog.units import MIB, parse_size
 
@@ -35,23 +35,28 @@ class Options(Struct, frozen=True):
     """What was asked for. Sizes in bytes, times in seconds."""
 
     ranges: tuple[tuple[int, int], ...]
+    pulses: tuple[tuple[int, int], ...]
     idle: tuple[int, ...]
     runs: int
     memory: tuple[int, ...]
     limit: tuple[float, ...]
     channels: tuple[int, ...]
+    bandwidth: tuple[int, ...]
     uri_scheme: str
     watch: float
     timeout: float
 
     def setups(self) -> list[Setup]:
         """All combinations."""
-        workloads: list[Workload] = [*(Rounds(*each) for each in self.ranges), *(Idle(size) for size in self.idle)]
+        workloads: list[Workload] = [
+            *(Rounds(*each) for each in self.ranges),
+            *(Pulses(*each) for each in self.pulses),
+            *(Idle(size) for size in self.idle),
+        ]
+        terms = [Terms(*each) for each in itertools.product(self.limit, self.channels, self.bandwidth)]
         return [
-            Setup(memory, workload, Terms(limit, channels), self.uri_scheme, self.timeout, self.watch)
-            for workload, memory, limit, channels in itertools.product(
-                workloads, self.memory, self.limit, self.channels
-            )
+            Setup(*each, self.uri_scheme, self.timeout, self.watch)
+            for each in itertools.product(self.memory, workloads, terms)
         ]
 
 
@@ -78,7 +83,14 @@ class RangeType(click.ParamType):  # type: ignore[type-arg]  # generic only in r
     "ranges",
     type=RangeType(),
     multiple=True,
-    help=f"A guest that writes that, over and over. Without this and --idle: {', '.join(DEFAULT_RANGES)}.",
+    help=f"A guest that writes that, over and over. Without any guest: {', '.join(DEFAULT_RANGES)}.",
+)
+@click.option(
+    "--pulse",
+    "pulses",
+    type=RangeType(),
+    multiple=True,
+    help="One that also sends characters all the time, which show how long it stood still.",
 )
 @click.option("--idle", type=SIZE, multiple=True, help="A guest that writes nothing and has that much random content.")
 @click.option("--memory", type=SIZE, multiple=True, default=["1G"], show_default=True, help="Its RAM, whole MiB.")
@@ -92,6 +104,13 @@ class RangeType(click.ParamType):  # type: ignore[type-arg]  # generic only in r
     default=[1],
     show_default=True,
     help="Parallel connections; for QEMU, multifd's.",
+)
+@click.option(
+    "--bandwidth",
+    type=RATE,
+    multiple=True,
+    default=[0],
+    help="Send no faster while the guest runs. No limit unless given.",
 )
 @click.option("--peer", "peers", type=click.Choice(list(_PEERS)), multiple=True, help="Who; both by default.")
 @click.option("--uri-scheme", type=click.Choice(SCHEMES), default="unix", show_default=True, help="The connection.")
@@ -110,10 +129,12 @@ class RangeType(click.ParamType):  # type: ignore[type-arg]  # generic only in r
 def command(
     runs: int,
     ranges: tuple[tuple[int, int], ...],
+    pulses: tuple[tuple[int, int], ...],
     idle: tuple[int, ...],
     memory: tuple[int, ...],
     limit: tuple[float, ...],
     channels: tuple[int, ...],
+    bandwidth: tuple[int, ...],
     peers: tuple[str, ...],
     uri_scheme: str,
     watch: float,
@@ -125,9 +146,9 @@ def command(
     Options that may be given several times are tried in all combinations. A guest either adds 1 to a byte in each page
     of a range for ever, or is idle. It is checked after each migration.
     """
-    if not ranges and not idle:
+    if not ranges and not pulses and not idle:
         ranges = tuple(RangeType().convert(text, None, None) for text in DEFAULT_RANGES)
-    options = Options(ranges, idle, runs, memory, limit, channels, uri_scheme, watch, timeout)
+    options = Options(ranges, pulses, idle, runs, memory, limit, channels, bandwidth, uri_scheme, watch, timeout)
     _check(options)
     programs: list[Peer] = [program() for name, program in _PEERS.items() if name in (peers or _PEERS)]
     host = Host.this(programs)

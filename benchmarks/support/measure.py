@@ -16,6 +16,7 @@ from benchmarks.support.bare import BareCopies, copy
 from benchmarks.support.forecast import Observation, observe, scenario_of
 from benchmarks.support.guest import Files, Guest, started
 from benchmarks.support.peers import Launch, Peer, Terms
+from benchmarks.support.pulses import listening, silence
 from benchmarks.support.usage import CPUTime, ResidentMemory, stolen, thread_times
 from benchmarks.support.workloads import Workload, write_files
 from dirtylog.cli.prediction_report import PredictionInfo, info
@@ -23,7 +24,7 @@ from dirtylog.control.commands import PassInfo
 from dirtylog.control.qmp import Event
 from dirtylog.errors import GuestError, PeerError, ProtocolError
 from dirtylog.migration.prediction import predict
-from dirtylog.units import format_duration, format_size
+from dirtylog.units import format_duration, format_rate, format_size
 
 _CANCEL_SECONDS: Final = 15.0
 _ARRIVAL_SECONDS: Final = 15.0
@@ -53,6 +54,8 @@ class Setup:
         """For people."""
         channels = f"{self.terms.channels} channel{'s' if self.terms.channels > 1 else ''}"
         limits = f"limit {format_duration(self.terms.limit)}, {channels}"
+        if self.terms.bandwidth:
+            limits += f", at most {format_rate(self.terms.bandwidth)}"
         return f"guest {self.workload}; {format_size(self.memory)}, {limits}"
 
 
@@ -102,6 +105,9 @@ class Run(Struct, frozen=True):
         bare: the bytes of that pass copied by hand afterwards, if the peer tells how many they were, and it took some.
         bare_whole: all the bytes copied by hand, of a guest that wrote nothing.
         predicted: what was to be expected from watching the guest, if it was watched.
+        silence: from the guest's last character on the source to its first on the destination, if it sends some.
+        share_of_limit: speed while the guest ran, divided by the bandwidth it was limited to; of a guest that wrote
+            nothing, if it was limited.
     """
 
     peer: str
@@ -125,6 +131,8 @@ class Run(Struct, frozen=True):
     bare: BareCopies | None = None
     bare_whole: BareCopies | None = None
     predicted: PredictionInfo | None = None
+    silence: float | None = None
+    share_of_limit: float | None = None
 
 
 def watch_alone(peer: Peer, setup: Setup) -> Observation:
@@ -157,6 +165,7 @@ def measure(peer: Peer, setup: Setup, observed: Observation | None = None) -> Ru
         boot = write_files(setup.workload, directory)
         uri = f"unix:{directory / 'migration'}" if setup.scheme == "unix" else "tcp:127.0.0.1:0"
         files = Files(directory, "source"), Files(directory, "destination")
+        heard = [stack.enter_context(listening(each.serial)) for each in files] if setup.workload.pulses else []
         source = stack.enter_context(started(peer.command(Launch(boot, setup.memory), files[0]), files[0]))
         destination = stack.enter_context(started(peer.command(Launch(boot, setup.memory, uri), files[1]), files[1]))
         peer.prepare(source, destination, setup.terms)
@@ -174,11 +183,14 @@ def measure(peer: Peer, setup: Setup, observed: Observation | None = None) -> Ru
                 run, predicted=info(scenario, predict(observed.workload, scenario, give_up=setup.timeout))
             )
         if run.outcome is Outcome.COMPLETED:
+            run = structs.replace(run, silence=silence(*heard) if heard else None)
             _check(peer, setup, source, destination, before)
     return _with_bare_copies(run, setup) if run.outcome is Outcome.COMPLETED else run
 
 
 def _with_bare_copies(run: Run, setup: Setup) -> Run:
+    if setup.terms.bandwidth:
+        return run
     if setup.workload.still:
         return structs.replace(run, bare_whole=copy(run.bytes, setup.scheme))
     return structs.replace(run, bare=copy(run.x_passes[-1].bytes, setup.scheme)) if run.x_passes else run
@@ -241,6 +253,7 @@ def _migrate(peer: Peer, setup: Setup, source: Guest, destination: Guest, uri: s
 
 def _run(peer: Peer, setup: Setup, watched: _Watched, info: dict[str, Any], *, arrived: bool) -> Run:
     passes = peer.each_pass(info)
+    total, downtime = info["total-time"] / 1e3, peer.downtime(info) if arrived else None
     return Run(
         peer=peer.name,
         setup=str(setup),
@@ -248,8 +261,8 @@ def _run(peer: Peer, setup: Setup, watched: _Watched, info: dict[str, Any], *, a
         load=watched.load,
         steal=watched.steal,
         wall=watched.wall,
-        total=info["total-time"] / 1e3,
-        downtime=peer.downtime(info) if arrived else None,
+        total=total,
+        downtime=downtime,
         stopped=watched.stopped,
         expected_downtime=_expected_downtime(passes) if arrived else None,
         bytes=info["ram"]["transferred"],
@@ -260,7 +273,14 @@ def _run(peer: Peer, setup: Setup, watched: _Watched, info: dict[str, Any], *, a
         source=watched.source,
         destination=watched.destination,
         x_passes=passes,
+        share_of_limit=_share_of_limit(setup, info["ram"]["transferred"], total, downtime),
     )
+
+
+def _share_of_limit(setup: Setup, sent: int, total: float, downtime: float | None) -> float | None:
+    if not setup.workload.still or not setup.terms.bandwidth or downtime is None:
+        return None
+    return sent / (total - downtime) / setup.terms.bandwidth
 
 
 def _pace(before: int | None, after: int | None, since: float) -> float | None:

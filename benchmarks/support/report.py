@@ -48,11 +48,13 @@ class Metric:
         name: what it is.
         values: it, of one run; several if it was measured several times, None where a run has none.
         unit: a number of it for people.
+        compared: whether the quotient of two of it says something.
     """
 
     name: str
     values: Callable[[Run], Sequence[float | None]]
     unit: Callable[[float], str]
+    compared: bool = True
 
     def summary(self, runs: Sequence[Run]) -> Summary | None:
         """Of those runs that have it."""
@@ -73,6 +75,14 @@ def _count(value: float) -> str:
 
 def _ratio(value: float) -> str:
     return f"{value:.2f}"
+
+
+def _fine_ratio(value: float) -> str:
+    return f"{value:.4f}"
+
+
+def _silence_beyond_downtime(run: Run) -> float | None:
+    return None if run.silence is None or run.downtime is None else run.silence - run.downtime
 
 
 def _share_of_bare_speed(run: Run) -> float | None:
@@ -97,10 +107,15 @@ METRICS: Final = (
     Metric("wall time, both sides", lambda run: [run.wall], format_duration),
     Metric("downtime, as reported", lambda run: [run.downtime], format_duration),
     Metric("STOP to RESUME", lambda run: [run.stopped], format_duration),
+    Metric("silence of the guest", lambda run: [run.silence], format_duration),
+    Metric(
+        "silence - downtime, run by run", lambda run: [_silence_beyond_downtime(run)], format_duration, compared=False
+    ),
     Metric("expected downtime", lambda run: [run.expected_downtime], format_duration),
     Metric("bare copy of the final pass", lambda run: run.bare.seconds if run.bare else [], format_duration),
     Metric("bare copy of everything", lambda run: run.bare_whole.seconds if run.bare_whole else [], format_duration),
     Metric("speed, of the bare copy's", lambda run: [_share_of_bare_speed(run)], _ratio),
+    Metric("speed, of the limit", lambda run: [run.share_of_limit], _fine_ratio),
     Metric("bytes sent", lambda run: [run.bytes], format_size),
     Metric("pages sent", lambda run: [run.pages], _count),
     Metric("zero pages", lambda run: [run.zero_pages], _count),
@@ -176,6 +191,8 @@ def line(run: Run) -> str:
     text = f"{run.peer}: {run.outcome.value}, total {format_duration(run.total)}, {run.passes} passes"
     if run.downtime is not None:
         text += f", downtime {format_duration(run.downtime)}"
+    if run.silence is not None:
+        text += f", silence {format_duration(run.silence)}"
     return text
 
 
@@ -196,7 +213,7 @@ def _converged(runs: Sequence[Run]) -> str:
 def _compare(metric: Metric, left: Sequence[Run], right: Sequence[Run]) -> tuple[str, str, str]:
     one, other = metric.summary(left), metric.summary(right)
     ratio = f"{other.median / one.median:.2f}" if one is not None and other is not None and one.median else ABSENT
-    return _show(metric, one), _show(metric, other), ratio
+    return _show(metric, one), _show(metric, other), ratio if metric.compared else ABSENT
 
 
 def _show(metric: Metric, summary: Summary | None) -> str:

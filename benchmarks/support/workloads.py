@@ -7,6 +7,7 @@ from typing import Final, Protocol
 
 import numpy as np
 
+from benchmarks.support.assembler import assemble_sector
 from benchmarks.support.guest import GUEST_SECONDS, Guest
 from dirtylog.guests import dirtier, random_writer
 from dirtylog.guests.sector import LOAD_ADDRESS, STARTED
@@ -15,6 +16,8 @@ from dirtylog.units import MIB, format_rate, format_size
 CONTENTS_ADDRESS: Final = 1 * MIB
 """Where random contents begin, if a guest has some: above all that belongs to a BIOS."""
 
+_PULSE: Final = Path(__file__).with_name("pulse.S")
+_PARAMETERS: Final = slice(8, 16)  # where guests/sector.inc has the range
 _SLAB: Final = 32 * MIB
 _ROUNDS_BEFORE: Final = 2  # then each page of the range has been written, and has its place in memory
 _ROUNDS_AFTER: Final = 2
@@ -59,6 +62,10 @@ class Workload(Protocol):
         """Whether it writes nothing. Then a migration is one pass, whose speed can be compared."""
 
     @property
+    def pulses(self) -> bool:
+        """Whether it sends characters on its serial port all the time, each the one after the last, modulo 256."""
+
+    @property
     def contents(self) -> int:
         """How many bytes of memory hold random contents before it starts."""
 
@@ -86,6 +93,7 @@ class Rounds:
     first: int
     last: int
     still = False
+    pulses = False
     contents = 0
 
     def __str__(self) -> str:
@@ -115,11 +123,28 @@ class Rounds:
 
 
 @dataclass(frozen=True, slots=True)
+class Pulses(Rounds):
+    """Does so too, and sends a character every 32 pages, by which it is heard."""
+
+    pulses = True
+
+    def __str__(self) -> str:
+        return f"writes {range_text(self.first, self.last)} and sends a character every 32 pages"
+
+    def image(self) -> bytes:
+        """See `Workload`."""
+        sector = bytearray(assemble_sector(_PULSE))
+        sector[_PARAMETERS] = dirtier.build(self.first, self.last)[_PARAMETERS]
+        return bytes(sector)
+
+
+@dataclass(frozen=True, slots=True)
 class Idle:
     """Does nothing, and has random contents."""
 
     contents: int
     still = True
+    pulses = False
 
     def __str__(self) -> str:
         return f"is idle and has {format_size(self.contents)} of random contents"
@@ -157,6 +182,7 @@ class RandomWrites:
     rate: float
     contents: int
     still = False
+    pulses = False
 
     def __str__(self) -> str:
         return f"writes {range_text(self.first, self.last)} at random, {format_rate(self.rate)}"

@@ -2,12 +2,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.benchmark_runs import require_assembler
 
 from benchmarks.support.bare import COPIES, SCHEMES
 from benchmarks.support.guest import Files, Guest, started
 from benchmarks.support.measure import Outcome, Setup, measure
 from benchmarks.support.peers import Dirtylog, Terms
-from benchmarks.support.workloads import Idle, RandomWrites, Rounds, Workload
+from benchmarks.support.pulses import ARRIVAL_SECONDS
+from benchmarks.support.workloads import Idle, Pulses, RandomWrites, Rounds, Workload
 from dirtylog.control.commands import PassInfo
 from dirtylog.errors import GuestError, HostError
 from dirtylog.guests import dirtier
@@ -88,6 +90,34 @@ def test_guest_with_contents_is_measured(kvm: KVM, workload: Workload) -> None:
     assert run.outcome is Outcome.COMPLETED
     assert run.pages >= workload.contents // 4096
     assert (run.bare_whole is not None, run.bare is not None) == (workload.still, not workload.still)
+
+
+def test_silence_of_a_guest_that_sends_characters_is_measured(kvm: KVM) -> None:
+    require_assembler()
+    run = measure(Dirtylog(), Setup(32 * MIB, Pulses(1 * MIB, 8 * MIB), Terms(limit=0.3)))
+    assert run.outcome is Outcome.COMPLETED
+    assert run.silence is not None
+    assert abs(run.silence) < ARRIVAL_SECONDS
+
+
+def test_guest_that_sends_nothing_has_no_silence(kvm: KVM) -> None:
+    assert measure(Dirtylog(), setup()).silence is None
+
+
+def test_speed_of_a_limited_still_guest_is_compared_with_its_limit_and_with_no_copies(kvm: KVM) -> None:
+    run = measure(Dirtylog(), Setup(32 * MIB, Idle(4 * MIB), Terms(0.3, bandwidth=10 * MIB)))
+    assert run.setup.endswith("limit 300.0 ms, 1 channel, at most 10.0 MiB/s")
+    assert run.downtime is not None
+    assert run.share_of_limit == run.bytes / (run.total - run.downtime) / (10 * MIB)
+    assert run.share_of_limit < 1.25
+    assert (run.bare, run.bare_whole) == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("workload", "bandwidth"), [(Idle(4 * MIB), 0), (Rounds(MIB, 3 * MIB), 40 * MIB)], ids=["unlimited", "not still"]
+)
+def test_speed_of_another_guest_is_not_compared_with_a_limit(kvm: KVM, workload: Workload, bandwidth: int) -> None:
+    assert measure(Dirtylog(), Setup(32 * MIB, workload, Terms(0.3, bandwidth=bandwidth))).share_of_limit is None
 
 
 @pytest.mark.parametrize("channels", [2, 3])

@@ -79,6 +79,18 @@ def test_speed_of_a_still_guest_is_compared_with_that_of_bare_copies() -> None:
     assert row(runs, "speed, of the bare copy's") == [ABSENT, "0.90", ABSENT]
 
 
+def test_silence_is_shown_with_what_it_has_beyond_each_downtime_and_no_quotient_of_that() -> None:
+    runs = [replace(run(peer, 1.0), silence=value) for peer in ("QEMU", "dirtylog") for value in (0.0495, 0.0625, 0.08)]
+    beyond = "12.5 ms [-500 us .. 30.0 ms]"
+    assert row(runs, "silence of the guest") == [*["62.5 ms [49.5 ms .. 80.0 ms]"] * 2, "1.00"]
+    assert row(runs, "silence - downtime, run by run") == [beyond, beyond, ABSENT]
+
+
+def test_speed_of_the_limit_is_shown_to_a_ten_thousandth() -> None:
+    runs = [replace(run("QEMU", 1.0), share_of_limit=0.98765), replace(run("dirtylog", 1.0), share_of_limit=0.9993)]
+    assert row(runs, "speed, of the limit") == ["0.9877", "0.9993", "1.01"]
+
+
 def test_forecast_is_set_beside_what_came() -> None:
     forecast = PredictionInfo(
         1e9, 1e9, 1e9, 1.0, 0.3, None, converges=True, total=0.9, downtime=0.2, bytes=MIB, passes=[]
@@ -91,7 +103,7 @@ def test_forecast_is_set_beside_what_came() -> None:
 def test_what_nobody_has_is_no_row() -> None:
     names = [cells[0] for cells in shown([run("QEMU", 1.0), run("dirtylog", 1.0)]) if cells]
     assert "total time" in names
-    assert not any("predicted" in name or "bare" in name for name in names)
+    assert not any(word in name for word in ("predicted", "bare", "silence", "limit") for name in names)
 
 
 def test_expected_downtime_is_shown_of_the_peer_that_tells_it() -> None:
@@ -121,6 +133,8 @@ def test_peer_that_never_converged_has_no_figures() -> None:
 
 def test_line_says_how_a_run_went() -> None:
     assert line(run("QEMU", 2.0)) == "QEMU: completed, total 2.00 s, 3 passes, downtime 50.0 ms"
+    heard = replace(run("QEMU", 2.0), silence=0.0525)
+    assert line(heard) == "QEMU: completed, total 2.00 s, 3 passes, downtime 50.0 ms, silence 52.5 ms"
     unfinished = run("QEMU", 60.0, outcome=Outcome.DID_NOT_CONVERGE)
     assert line(unfinished) == "QEMU: did not converge, total 60.00 s, 3 passes"
 

@@ -12,9 +12,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from support.benchmark_runs import require_assembler
 from support.require import require
 
 from benchmarks.support.peers import QEMU_PROGRAM
+from benchmarks.support.pulses import ARRIVAL_SECONDS
 from benchmarks.versus_qemu import main
 from dirtylog.linux.kvm import KVM
 
@@ -61,6 +63,9 @@ def processes_about(folder: Path) -> list[str]:
         (["--range", "3M"], "'' is not a size"),
         (["--range", "5-9"], "not whole pages"),
         (["--range", "1M-2G"], "the guest cannot have memory up to 0x80000000 in 0x40000000 bytes"),
+        (["--pulse", "5-9"], "not whole pages"),
+        (["--pulse", "1M-2G"], "the guest cannot have memory up to 0x80000000 in 0x40000000 bytes"),
+        (["--bandwidth", "fast"], "'fast' is not a rate"),
         (["--idle", "1G"], "the guest cannot have memory up to 0x40100000 in 0x40000000 bytes"),
         (["--idle", "1M", "--memory", "1G", "--memory", "1M"], "up to 0x200000 in 0x100000 bytes"),
         (["--channels", "0"], "0 is not in the range"),
@@ -114,6 +119,30 @@ def test_idle_guests_are_compared_with_bare_copies_on_several_channels_too(qemu:
     assert "guest is idle and has 8.0 MiB of random contents; 64.0 MiB, limit 300.0 ms, 2 channels" in output
     assert "speed, of the bare copy's" in output
     assert list(folder.iterdir()) == [result]
+
+
+def test_guests_of_both_peers_are_heard_on_both_sides(qemu: None, folder: Path) -> None:
+    require_assembler()
+    result = folder / "result.json"
+    options = ["--runs", "1", "--memory", "64M", "--pulse", "1M-8M", "--json", str(result)]
+    output, errors = start(folder, *options).communicate(timeout=100)
+    runs = json.loads(result.read_text())["runs"]
+    assert [(run["peer"], run["outcome"]) for run in runs] == [("QEMU", "completed"), ("dirtylog", "completed")], errors
+    assert all(abs(run["silence"]) < ARRIVAL_SECONDS for run in runs)
+    assert "silence of the guest" in output
+    assert "silence - downtime, run by run" in output
+    assert list(folder.iterdir()) == [result]
+
+
+def test_limited_speeds_are_compared_with_each_limit(qemu: None, folder: Path) -> None:
+    result = folder / "result.json"
+    options = ["--runs", "1", "--memory", "64M", "--idle", "8M", "--bandwidth", "20M", "--bandwidth", "320Mbit"]
+    output, errors = start(folder, *options, "--json", str(result)).communicate(timeout=100)
+    runs = json.loads(result.read_text())["runs"]
+    assert [(run["peer"], run["outcome"]) for run in runs] == [("QEMU", "completed"), ("dirtylog", "completed")] * 2
+    assert all(0 < run["share_of_limit"] < 1.25 and run["bare_whole"] is None for run in runs)
+    assert errors.count("at most 20.0 MiB/s") == errors.count("at most 38.1 MiB/s") == 2
+    assert output.count("speed, of the limit") == 2
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

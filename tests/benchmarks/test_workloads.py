@@ -3,11 +3,13 @@ from typing import Any, cast
 
 import numpy as np
 import pytest
+from support.benchmark_runs import require_assembler
 
 from benchmarks.support.guest import Guest
 from benchmarks.support.workloads import (
     CONTENTS_ADDRESS,
     Idle,
+    Pulses,
     RandomWrites,
     Rounds,
     Workload,
@@ -71,6 +73,24 @@ def test_files_are_what_both_peers_need(workload: Workload, tmp_path: Path) -> N
 def test_sectors_are_those_of_the_guests() -> None:
     assert Rounds(MIB, 2 * MIB).image() == dirtier.build(MIB, 2 * MIB)
     assert RandomWrites(MIB, 2 * MIB, 90e6, 0).image() == random_writer.build(MIB, 2 * MIB, rate=90e6)
+
+
+def test_pulses_are_a_sector_with_the_range_of_the_dirtier() -> None:
+    require_assembler()
+    image, dirtier_image = Pulses(2 * MIB, 3 * MIB).image(), dirtier.build(2 * MIB, 3 * MIB)
+    assert len(image) == 512
+    assert image.endswith(b"\x55\xaa")
+    assert image[8:16] == dirtier_image[8:16]
+    assert image[4:8] != dirtier_image[4:8]
+    assert Pulses(1 * MIB, 2 * MIB).image() != image
+
+
+def test_pulses_are_told_from_rounds_and_checked_as_they_are() -> None:
+    workload = Pulses(MIB, 3 * MIB)
+    assert str(workload) == "writes 1..3 MiB and sends a character every 32 pages"
+    assert workload.pulses
+    assert not any(other.pulses for other in ALL)
+    assert check(workload, Told(6), 7) == check(Rounds(MIB, 3 * MIB), Told(6), 7)
 
 
 def test_end_is_that_of_what_is_written_and_of_what_has_contents() -> None:
