@@ -7,6 +7,7 @@ from dirtylog.machine.entry import BootMode
 from dirtylog.machine.kvm.machine import KVMMachine
 from dirtylog.machine.machine import Machine, MachineState, RunState
 from dirtylog.machine.pc import PCMachine
+from dirtylog.machine.process import Process
 from dirtylog.machine.throttle import DirtyLimit
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ __all__ = [
     "Machine",
     "MachineState",
     "PCMachine",
+    "Process",
     "RunState",
     "UnicornMachine",
     "boot_flat",

@@ -87,6 +87,13 @@ class Machine(ABC):
             self._throttle(share)
             self._throttled = share
 
+    def check_throttle(self) -> None:  # noqa: B027 - most machines can
+        """Refuse to be throttled.
+
+        Raises:
+            UsageError: those who write cannot be slowed down.
+        """
+
     @property
     def dirty_limits(self) -> tuple[DirtyLimit, ...]:
         """The vCPUs that may not write as fast as they can, and what that costs them."""

@@ -29,6 +29,8 @@ class Governor:
     def __init__(self, machine: Machine, statistics: Statistics, slowdown: Slowdown) -> None:
         if slowdown is Slowdown.DIRTY_LIMIT:
             machine.check_dirty_limit()
+        elif slowdown is Slowdown.AUTO_CONVERGE:
+            machine.check_throttle()
         self._machine = machine
         self._statistics = statistics
         self._slowdown = slowdown
