@@ -184,17 +184,24 @@ class Dirtylog:
         name: what the table calls it.
         options: of ``dirtylog run``, for source and destination.
         clear_chunk: bytes whose log is cleared at once; 0 if the options have it cleared as it is collected.
+        shares: whether memory is handed over whole, and not copied.
     """
 
     version = dirtylog.__version__
     watchable = True
 
     def __init__(
-        self, name: str = "dirtylog", options: Sequence[str] = (), clear_chunk: int = Parameters().clear_chunk
+        self,
+        name: str = "dirtylog",
+        options: Sequence[str] = (),
+        clear_chunk: int = Parameters().clear_chunk,
+        *,
+        shares: bool = False,
     ) -> None:
         self.name = name
         self.clear_chunk = clear_chunk
         self._options = options
+        self._shares = shares
 
     def command(self, launch: Launch, files: Files) -> list[str]:
         """A destination needs no image."""
@@ -220,6 +227,8 @@ class Dirtylog:
         if terms.channels > 1:
             _switch_on(source, "multifd")
             source.qmp.execute("migrate-set-parameters", multifd_channels=terms.channels)
+        if self._shares:
+            source.qmp.execute("migrate-set-parameters", mode="cpr-transfer")
         if self.clear_chunk:
             source.qmp.execute("migrate-set-parameters", x_clear_chunk=self.clear_chunk)
         source.qmp.execute(

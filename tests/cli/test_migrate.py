@@ -133,6 +133,7 @@ RunMigrate = Callable[..., int]
 
 
 _DEFAULTS: Final = MigrationParameters(
+    mode="normal",
     downtime_limit=300,
     max_bandwidth=0,
     avail_switchover_bandwidth=0,
@@ -160,6 +161,7 @@ class TestParameters:
             (["--compression", "auto"], {"multifd_compression": "zstd"}),
             (["--delta-cache", "1G"], {"xbzrle_cache_size": GIB}),
             (["--delta-cache", "0"], {"xbzrle_cache_size": UNSET}),
+            (["--local"], {"mode": "cpr-transfer"}),
             (["--verify"], {"x_verify": True}),
             (["--auto-converge"], {}),
             (["--dirty-limit", "50M"], {"vcpu_dirty_limit": 50}),
@@ -198,6 +200,7 @@ class TestParameters:
             (["--dirty-limit", "0"], "a dirty limit of 0 MiB/s\n  remedy: 1 MiB/s is the lowest"),
             (["--dirty-limit", "1000K"], "a dirty limit of 1024000 bytes a second\n  remedy: give whole MiB/s"),
             (["--dirty-limit", "5M", "--auto-converge"], "exclude each other\n  remedy: leave one of them out"),
+            (["--local", "--channels", "2"], "--local needs no further channels\n  remedy: leave one of them out"),
         ],
     )
     def test_bad_ones_are_refused_before_the_machine_hears_of_them(
@@ -205,6 +208,14 @@ class TestParameters:
     ) -> None:
         assert run(*options) == 2
         assert cause in capsys.readouterr().err
+        assert script.commands == []
+
+    def test_local_hand_over_needs_a_unix_socket(self, script: Script, path: Path, capsys: Capture) -> None:
+        assert main(["migrate", str(path), "tcp:host:1", "--local"]) == 2
+        assert capsys.readouterr().err.splitlines() == [
+            "dirtylog: error: --local cannot hand memory over at tcp:host:1",
+            "  remedy: use unix:PATH on both sides",
+        ]
         assert script.commands == []
 
     @pytest.mark.parametrize("uri", ["", "elsewhere", "exec:cat", "tcp:host", "unix:" + "x" * 108])
@@ -426,6 +437,17 @@ class TestWithGuests:
             shown = json.loads(command.out)
             assert shown["status"] == "completed"
             assert shown["x-digests"].keys() == {"pc.ram"}
+            assert (source.state, destination.state) == ("postmigrate", "running")
+
+    def test_running_guest_is_handed_over_with_its_memory(self, image: str, tmp_path: Path) -> None:
+        uri, common = f"unix:{tmp_path}/m", ("--memory", "8M", "--serial", "/dev/null")
+        with (
+            Run(tmp_path / "a", image, *common) as source,
+            Run(tmp_path / "b", "--incoming", uri, *common) as destination,
+            dirtylog("migrate", str(tmp_path / "a"), uri, "--local") as command,
+        ):
+            assert command.wait() == 0, command.err
+            assert "memory was handed over whole, and not copied" in command.out.splitlines()
             assert (source.state, destination.state) == ("postmigrate", "running")
 
     def test_nobody_at_the_uri_leaves_the_guest_running(self, image: str, tmp_path: Path, capsys: Capture) -> None:

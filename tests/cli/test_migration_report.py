@@ -85,6 +85,12 @@ def test_report_has_a_row_a_pass_and_the_totals() -> None:
     )
 
 
+def test_report_of_memory_that_was_handed_over_has_no_passes() -> None:
+    first, empty, *rest = render(report(msgspec.structs.replace(INFO, x_passes=[]))).splitlines()
+    assert (first, empty) == ("memory was handed over whole, and not copied", "")
+    assert rest[0].split() == ["total", "time", "2.35", "s"]
+
+
 def test_report_tells_what_the_downtime_went_by_as() -> None:
     parts = DowntimePartsInfo(stop=250, final_pass=9000, state=3000, handover=350)
     shown = render(report(msgspec.structs.replace(INFO, x_downtime_parts=parts)))

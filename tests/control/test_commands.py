@@ -309,6 +309,28 @@ class TestMigrate:
         assert all(int(digest, 16) for digest in info["x-digests"].values())
         assert info["x-verify-us"] >= 0
 
+    def test_guest_moves_with_its_memory_in_mode_cpr_transfer(
+        self, served: Served, destination: Served, uri: str
+    ) -> None:
+        served.peer.execute("cont")
+        wait_for_rounds(served.guest)
+        served.peer.execute("migrate-set-parameters", mode="cpr-transfer")
+        served.peer.execute("migrate", uri=uri)
+        info = served.peer.wait_migrated()
+        assert (info["ram"]["transferred"], info["x-passes"], info["ram"]["dirty-sync-count"]) == (0, [], 0)
+        assert round(info["x-downtime-us"] / 1000) == info["downtime"] <= info["total-time"]
+        wait_until(lambda: destination.guest.state is RunState.RUNNING, "the guest arrived")
+        check_runs_on(destination.guest)
+
+    def test_mode_cpr_transfer_with_several_channels_or_over_the_network_is_refused(
+        self, fake: Served, uri: str
+    ) -> None:
+        fake.peer.execute("migrate-set-parameters", mode="cpr-transfer")
+        assert "memory cannot be shared over tcp:" in str(fake.peer.refused("migrate", uri="tcp:127.0.0.1:1"))
+        fake.peer.execute("migrate-set-capabilities", capabilities=[{"capability": "multifd", "state": True}])
+        assert "needs no further channels" in str(fake.peer.refused("migrate", uri=uri))
+        assert fake.peer.execute("query-migrate") == {}
+
     def test_guest_that_moved_may_be_taken_back_but_not_moved_again(
         self, served: Served, destination: Served, uri: str
     ) -> None:
@@ -392,6 +414,7 @@ class TestMigrate:
 
 class TestParameters:
     DEFAULTS: Final = {
+        "mode": "normal",
         "downtime-limit": 300,
         "max-bandwidth": 0,
         "avail-switchover-bandwidth": 0,
@@ -415,6 +438,7 @@ class TestParameters:
     @pytest.mark.parametrize(
         ("name", "value"),
         [
+            ("mode", "cpr-transfer"),
             ("downtime-limit", 0),
             ("downtime-limit", 2_000_000),
             ("max-bandwidth", (1 << 63) - 1),
@@ -449,6 +473,8 @@ class TestParameters:
     @pytest.mark.parametrize(
         ("name", "value"),
         [
+            ("mode", "cpr-reboot"),
+            ("mode", True),
             ("downtime-limit", -1),
             ("downtime-limit", 2_000_001),
             ("downtime-limit", 10**400),
@@ -508,7 +534,12 @@ class TestParameters:
 
     def test_change_that_comes_too_late_is_refused(self, fake: Served, silent: None, uri: str) -> None:
         fake.peer.execute("migrate", uri=uri)
-        for name, value in (("x_verify", True), ("x_clear_chunk", 1), ("multifd_compression", "zstd")):
+        for name, value in (
+            ("x_verify", True),
+            ("mode", "cpr-transfer"),
+            ("x_clear_chunk", 1),
+            ("multifd_compression", "zstd"),
+        ):
             error = fake.peer.refused("migrate-set-parameters", **{name: value})
             assert (error.error_class, "under way" in str(error)) == ("GenericError", True)
         assert fake.peer.execute("query-migrate-parameters") == self.DEFAULTS
@@ -756,7 +787,7 @@ class TestAsInQEMU:
     def test_parameters_have_its_names_and_types(self, fake: Served, qemu: Peer) -> None:
         ours, theirs = (peer.execute("query-migrate-parameters") for peer in (fake.peer, qemu))
         if "avail-switchover-bandwidth" not in theirs:  # before QEMU 8.2
-            for name in ("avail-switchover-bandwidth", "vcpu-dirty-limit", "x-vcpu-dirty-limit-period"):
+            for name in ("mode", "avail-switchover-bandwidth", "vcpu-dirty-limit", "x-vcpu-dirty-limit-period"):
                 del ours[name]
         _check_same_shape(ours, theirs)
 

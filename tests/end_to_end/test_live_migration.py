@@ -109,6 +109,35 @@ def test_guest_moves_in_every_way_and_runs_on(place: Place, options: tuple[str, 
         assert destination.err.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    "options",
+    [("--dirty-log", "initially-set", "--cpus", "2"), ("--dirty-log", "ring"), ("--accel", "unicorn")],
+    ids=["initially-set", "ring", "unicorn"],
+)
+def test_guest_is_handed_over_with_its_memory_and_runs_on(place: Place, options: tuple[str, ...]) -> None:
+    with _pair(place, *options) as (source, destination):
+        before = place.rounds(source)
+        with _migrate(place, _uri(destination), "--local", "--verify", "--json") as migration:
+            assert migration.wait() == 0, migration.err
+            report = msgspec.json.decode(migration.out)
+        assert (report["status"], report["ram"]["transferred"], report["x-passes"]) == ("completed", 0, [])
+        assert len(report["x-digests"]["pc.ram"]) == 64
+        assert source.state == "postmigrate"
+        assert place.rounds(source) == 0  # has let go of it
+        assert place.rounds(destination) >= before
+        place.check_runs_on(destination)
+        uri = f"unix:{place.path('further')}"
+        with place.destination(uri, *options, name="further") as further:
+            with dirtylog("migrate", place.path("destination.qmp"), uri, "--verify") as migration:
+                assert migration.wait() == 0, migration.err
+            place.check_runs_on(further)
+            _stops_cleanly(further, signal.SIGTERM)
+        _stops_cleanly(source, signal.SIGTERM)
+        _stops_cleanly(destination, signal.SIGINT)
+        assert source.err == ""
+    assert place.left() == []
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
 def test_signal_stops_a_running_guest_cleanly(place: Place, number: signal.Signals) -> None:
     with place.source() as source:

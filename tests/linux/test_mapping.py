@@ -1,11 +1,14 @@
 import ctypes
 import errno
+import fcntl
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
 import pytest
+from support.descriptors import few_descriptors, same_file
 from support.kvm import open_descriptors
 from support.own_memory import Unowned, as_array, mapped_file
 
@@ -196,6 +199,194 @@ def test_huge_page_keeps_what_is_in_its_place(large: MemfdMapping) -> None:
     large.make_huge(0)
     assert large.array[: 3 * PAGE_SIZE].min() == 7
     assert not large.array[3 * PAGE_SIZE : HUGE_PAGE_SIZE].any()
+
+
+@pytest.fixture
+def other(mapping: MemfdMapping) -> Iterator[MemfdMapping]:
+    """Another mapping of the same size."""
+    with closing(MemfdMapping("other", mapping.size)) as other:
+        yield other
+
+
+def test_adopted_file_is_seen_at_the_same_address_by_all_who_look_there(
+    mapping: MemfdMapping, other: MemfdMapping
+) -> None:
+    array, memory, address = mapping.array, mapping.memory, mapping.address
+    mapping.array[:] = 0xEE
+    other.array[3 * PAGE_SIZE] = 7
+
+    mapping.adopt(os.dup(other.fd))
+
+    assert (mapping.address, mapping.size) == (address, 16 * PAGE_SIZE)
+    assert same_file(mapping.fd, other.fd)
+    assert allocated(mapping) == [(3, 4)]
+    assert [*np.flatnonzero(array)] == [3 * PAGE_SIZE]
+    memory[5] = 8
+    assert other.array[5] == mapping.array[5] == 8
+
+
+def test_adopted_file_outlives_the_one_who_gave_it(mapping: MemfdMapping) -> None:
+    other = MemfdMapping("other", mapping.size)
+    other.array[:] = 7
+    mapping.adopt(os.dup(other.fd))
+    other.close()
+    assert mapping.array.min() == 7
+
+
+def test_adopted_file_is_owned_and_the_own_one_closed(mapping: MemfdMapping, other: MemfdMapping) -> None:
+    before = open_descriptors()
+    for _ in range(3):
+        mapping.adopt(os.dup(other.fd))
+    assert len(open_descriptors()) == len(before)
+    mapping.close()
+    assert len(open_descriptors()) == len(before) - 1
+
+
+def _regular_file(size: int) -> int:
+    fd = os.open("/tmp", os.O_TMPFILE | os.O_RDWR)  # noqa: S108 - has no name
+    os.ftruncate(fd, size)
+    return fd
+
+
+def _memfd(size: int, seals: int) -> int:
+    fd = os.memfd_create("other", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    os.ftruncate(fd, size)
+    fcntl.fcntl(fd, mapping_module._F_ADD_SEALS, seals)
+    return fd
+
+
+def _read_only(size: int) -> int:
+    fd = _memfd(size, mapping_module._F_SEAL_SHRINK)
+    try:
+        return os.open(f"/proc/self/fd/{fd}", os.O_RDONLY)
+    finally:
+        os.close(fd)
+
+
+def _closed(size: int) -> int:
+    fd = _memfd(size, mapping_module._F_SEAL_SHRINK)
+    os.close(fd)
+    return fd
+
+
+_F_SEAL_WRITE = 8
+
+
+@pytest.mark.parametrize(
+    ("make", "cause"),
+    [
+        (lambda size: _memfd(size - PAGE_SIZE, mapping_module._F_SEAL_SHRINK), "cannot stand in for 65536 that cannot"),
+        (lambda size: _memfd(size + PAGE_SIZE, mapping_module._F_SEAL_SHRINK), "cannot stand in for 65536 that cannot"),
+        (lambda size: _memfd(0, mapping_module._F_SEAL_SHRINK), "the memfd of 0 bytes cannot stand in"),
+        (lambda size: _memfd(size, 0), "cannot stand in for 65536 that cannot shrink"),
+        (lambda size: _memfd(size, mapping_module._F_SEAL_GROW), "cannot stand in for 65536 that cannot shrink"),
+        (lambda size: _memfd(size, mapping_module._F_SEAL_SHRINK | _F_SEAL_WRITE), "the memfd cannot be written"),
+        (_read_only, "the memfd cannot be written"),
+        (_regular_file, "the file to be mapped is no memfd: Invalid argument"),
+        (lambda size: os.eventfd(0), "the file to be mapped is no memfd: Invalid argument"),
+        (_closed, "the file to be mapped is no memfd: Bad file descriptor"),
+    ],
+    ids=[
+        "smaller",
+        "larger",
+        "empty",
+        "unsealed",
+        "can-shrink",
+        "cannot-be-written",
+        "read-only",
+        "regular-file",
+        "eventfd",
+        "closed",
+    ],
+)
+def test_file_that_cannot_be_adopted_is_refused_and_changes_nothing(
+    mapping: MemfdMapping, make: Callable[[int], int], cause: str
+) -> None:
+    mapping.array[:] = 7
+    file = make(mapping.size)
+    before, own = open_descriptors(), os.fstat(mapping.fd)
+    with pytest.raises(UsageError, match=cause):
+        mapping.adopt(file)
+    assert open_descriptors() == before  # so the file is still the caller's
+    if make is not _closed:
+        os.close(file)
+    assert mapping.array.min() == 7
+    mapping.array[0] = 8
+    assert os.pread(mapping.fd, 1, 0) == b"\x08"
+    assert os.path.samestat(os.fstat(mapping.fd), own)
+
+
+def test_host_that_cannot_map_the_file_leaves_what_was_there(
+    mapping: MemfdMapping, other: MemfdMapping, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Kernel:
+        def mmap(self, *_: int) -> int:
+            ctypes.set_errno(errno.ENOMEM)
+            return -1
+
+    mapping.array[:] = 7
+    monkeypatch.setattr(mapping_module, "_libc", Kernel())
+    with pytest.raises(HostError, match=r"cannot map 64\.0 KiB of memory"):
+        mapping.adopt(other.fd)
+    assert not same_file(mapping.fd, other.fd)
+    assert mapping.array.min() == 7
+
+
+def test_closed_memory_adopts_and_renews_nothing(other: MemfdMapping) -> None:
+    mapping = MemfdMapping("test", other.size)
+    mapping.close()
+    with pytest.raises(ClosedError, match="this memory was closed"):
+        mapping.adopt(other.fd)
+    with pytest.raises(ClosedError, match="this memory was closed"):
+        mapping.renew()
+    assert mapping.fd == -1
+    other.array[0] = 1
+
+
+def test_renewed_memory_is_empty_and_others_keep_what_was_there(mapping: MemfdMapping, other: MemfdMapping) -> None:
+    other.array[:] = 7
+    mapping.adopt(os.dup(other.fd))
+    array = mapping.array
+    before = open_descriptors()
+
+    mapping.renew()
+
+    assert len(open_descriptors()) == len(before)
+    assert not array.any()
+    assert allocated(other) == [(0, 16)]
+    array[0] = 8
+    assert other.array.min() == other.array.max() == 7
+    assert os.pread(mapping.fd, 1, 0) == b"\x08"
+    for size in (PAGE_SIZE, 17 * PAGE_SIZE):
+        with pytest.raises(PermissionError):
+            os.ftruncate(mapping.fd, size)
+
+
+def test_memory_can_be_renewed_with_no_descriptor_left(mapping: MemfdMapping) -> None:
+    mapping.array[:] = 7
+    with few_descriptors(0):
+        mapping.renew()
+    assert not mapping.array.any()
+
+
+@pytest.mark.parametrize("call", ["memfd_create", "ftruncate"])
+def test_memory_that_cannot_be_renewed_stays_and_can_be_later(
+    mapping: MemfdMapping, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    def refuse(*_: object) -> int:
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
+    mapping.array[:] = 7
+    before = open_descriptors()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, call, refuse)
+        with pytest.raises((HostError, KernelError), match="Cannot allocate memory"):
+            mapping.renew()
+    assert len(open_descriptors()) == len(before) - 1
+    assert mapping.array.min() == 7
+    mapping.renew()
+    assert not mapping.array.any()
+    assert len(open_descriptors()) == len(before)
 
 
 @pytest.mark.parametrize("page", [0, 5, 15])

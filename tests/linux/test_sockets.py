@@ -1,3 +1,4 @@
+import os
 import socket
 import struct
 import time
@@ -5,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from dirtylog.linux.sockets import keep_alive, set_buffers, set_timeouts
+from dirtylog.linux.sockets import keep_alive, receive_files, set_buffers, set_timeouts
 from dirtylog.units import MIB
 
 
@@ -96,3 +97,22 @@ def test_kept_alive_connection_is_probed_within_half_a_minute() -> None:
             for option in (socket.TCP_KEEPIDLE, socket.TCP_KEEPINTVL, socket.TCP_KEEPCNT)
         )
         assert idle + interval * count <= 30
+
+
+@pytest.mark.parametrize(("sent", "lost"), [(0, False), (1, False), (2, False), (3, True)])
+def test_descriptors_come_with_their_bytes_and_what_is_lost_is_told(
+    pair: tuple[socket.socket, socket.socket], sent: int, lost: bool
+) -> None:
+    one, other = pair
+    if sent:
+        socket.send_fds(one, [b"xy"], [one.fileno()] * sent)
+    else:
+        one.sendall(b"xy")
+    data, files, told = receive_files(other, 1, 2)
+    try:
+        assert (data, len(files), told) == (b"x", min(sent, 2), lost)
+        assert all(os.path.sameopenfile(file, one.fileno()) for file in files)
+        assert not any(map(os.get_inheritable, files))
+    finally:
+        for file in files:
+            os.close(file)

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support.descriptors import few_descriptors, same_file
+from support.kvm import open_descriptors
 from support.waiting import Task
 
 from dirtylog.errors import (
@@ -30,6 +32,8 @@ from dirtylog.migration.messages import (
     Pages,
     PassDone,
     PassEnd,
+    Shared,
+    State,
     Welcome,
     ZeroPages,
     encode,
@@ -37,7 +41,7 @@ from dirtylog.migration.messages import (
 from dirtylog.migration.protocol import Protocol, Role, Stage
 from dirtylog.units import MIB, PAGE_SIZE
 
-_HELLO = Hello("fake", (), False, 1, bytes(16))
+_HELLO = Hello("fake", (), False, 1, bytes(16), False)
 _WELCOME = Welcome("boot", 1, 1)
 
 
@@ -180,6 +184,107 @@ def test_abort_ends_the_sending_of_a_file(channels: tuple[Channel, Channel], map
     source.abort()
     with pytest.raises(CancelledError):
         task.join()
+
+
+@pytest.fixture
+def files() -> Iterator[list[int]]:
+    with ExitStack() as stack:
+        yield [stack.enter_context(closing(MemfdMapping(name, PAGE_SIZE))).fd for name in "abc"]
+
+
+@pytest.fixture
+def bare(channels: tuple[Channel, Channel]) -> tuple[Channel, socket.socket]:
+    """A destination's channel in a conversation that has begun, and the bare other end of its socket."""
+    source, destination = channels
+    return destination, source._socket
+
+
+def test_files_arrive_between_messages_in_their_order(channels: tuple[Channel, Channel], files: list[int]) -> None:
+    source, destination = channels
+    assert source.passes_files
+    source.send(Shared(3))
+    source.send_files(files)
+    source.send(State(True, {}))
+    assert destination.expect(Shared).files == 3
+    received = destination.receive_files(3)
+    try:
+        assert destination.expect(State) == State(True, {})
+        assert [same_file(one, other) for one, other in zip(files, received, strict=True)] == [True] * 3
+        assert not any(map(os.get_inheritable, received))
+    finally:
+        for file in received:
+            os.close(file)
+
+
+def test_files_do_not_pass_over_the_network(files: list[int]) -> None:
+    with _conversation(socket.AF_INET) as (source, destination):
+        assert not source.passes_files
+        assert not destination.passes_files
+
+
+@pytest.mark.parametrize(
+    ("data", "sent"),
+    [(b"F", 0), (b"F", 2), (b"F", 1), (b"G", 3), (b"\0", 0)],
+    ids=["none", "too-few", "one", "wrong-byte", "no-files-and-wrong-byte"],
+)
+def test_other_files_than_announced_are_refused_and_closed(  # M5
+    bare: tuple[Channel, socket.socket], files: list[int], data: bytes, sent: int
+) -> None:
+    channel, peer = bare
+    before = open_descriptors()
+    if sent:
+        socket.send_fds(peer, [data], files[:sent])
+    else:
+        peer.sendall(data)
+    with pytest.raises(ProtocolError, match=f"the source announced 3 files, and sent {sent}") as caught:
+        channel.receive_files(3)
+    assert caught.value.remedy == "see whether this process may open more, with 'ulimit -n'"
+    assert open_descriptors() == before
+
+
+def test_more_files_than_announced_are_refused_and_closed(  # M5
+    bare: tuple[Channel, socket.socket], files: list[int]
+) -> None:
+    channel, peer = bare
+    before = open_descriptors()
+    socket.send_fds(peer, [b"F"], files)
+    with pytest.raises(ProtocolError, match="the source announced 2 files"):
+        channel.receive_files(2)
+    assert open_descriptors() == before
+
+
+@pytest.mark.parametrize("left", [0, 1, 2])
+def test_files_that_this_process_may_not_open_are_an_error_and_closed(
+    channels: tuple[Channel, Channel], files: list[int], left: int
+) -> None:
+    source, destination = channels
+    before = open_descriptors()
+    source.send_files(files)
+    with few_descriptors(left), pytest.raises(ProtocolError, match=f"announced 3 files, and sent {left}"):
+        destination.receive_files(3)
+    assert open_descriptors() == before
+
+
+def test_peer_that_goes_away_before_its_files_is_noticed(bare: tuple[Channel, socket.socket]) -> None:
+    channel, peer = bare
+    peer.close()
+    with pytest.raises(DisconnectedError, match="the connection to the source ended before the migration did"):
+        channel.receive_files(1)
+
+
+def test_peer_that_sends_no_files_counts_as_gone(channels: tuple[Channel, Channel]) -> None:
+    _, destination = channels
+    destination.set_timeout(0.02)
+    with pytest.raises(DisconnectedError, match="counts as gone"):
+        destination.receive_files(1)
+
+
+def test_files_that_nobody_asked_for_are_not_opened(raw: tuple[Channel, socket.socket], files: list[int]) -> None:  # M5
+    channel, peer = raw
+    before = open_descriptors()
+    socket.send_fds(peer, [encode(_HELLO)], files)
+    assert channel.expect(Hello) == _HELLO
+    assert open_descriptors() == before
 
 
 def test_peer_that_sends_nothing_counts_as_gone(channels: tuple[Channel, Channel]) -> None:

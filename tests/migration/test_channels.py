@@ -75,7 +75,7 @@ class _Source:
     def begin(self, channels: int, *, verify: bool = False) -> Channel:
         """The first channel."""
         main = self.channel()
-        main.send(Hello("fake", _BLOCKS, verify, channels, _SESSION))
+        main.send(Hello("fake", _BLOCKS, verify, channels, _SESSION, False))
         main.expect(Welcome)
         return main
 
@@ -160,7 +160,7 @@ def _another_session(source: _Source) -> None:
 
 
 def _another_source(source: _Source) -> None:
-    source.channel().send(Hello("fake", _BLOCKS, False, 1, _SESSION))
+    source.channel().send(Hello("fake", _BLOCKS, False, 1, _SESSION, False))
 
 
 def _half_a_message(source: _Source) -> None:
@@ -220,7 +220,7 @@ def test_source_that_speaks_before_its_channels_came_is_heard(
 
 def test_channels_that_no_destination_would_take_are_refused_at_once(source: _Source) -> None:  # M5
     sock = source.raw()
-    frame = piece(Hello("fake", _BLOCKS, False, 64, _SESSION))
+    frame = piece(Hello("fake", _BLOCKS, False, 64, _SESSION, False))
     sock.sendall(stream([PREAMBLE_PIECE]) + frame.data.replace(b"channels\x40", b"channels\x41"))
     assert isinstance(source.fails(), ProtocolError)
 

@@ -1,16 +1,18 @@
 import socket
 import struct
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from support.checkpoints import DESTINATION, Checkpoint, Moment, install
+from support.checkpoints import DESTINATION, SHARED_DESTINATION, Checkpoint, Moment, install
 from support.custody import Custody
 from support.fake_machine import FakeMachine
 from support.guests import same_memory
+from support.kvm import open_descriptors
 from support.streams import (
     PairListener,
     Piece,
@@ -27,9 +29,19 @@ from support.streams import (
 )
 from support.waiting import Task, wait_until
 
-from dirtylog.errors import CancelledError, DirtylogError, DisconnectedError, ProtocolError, RefusedError, UsageError
+from dirtylog.errors import (
+    CancelledError,
+    DirtylogError,
+    DisconnectedError,
+    InDoubtError,
+    ProtocolError,
+    RefusedError,
+    UsageError,
+)
+from dirtylog.linux.mapping import MemfdMapping
 from dirtylog.machine import RunState
 from dirtylog.migration import (
+    Channel,
     IncomingMigration,
     Listener,
     OutgoingMigration,
@@ -50,8 +62,13 @@ from dirtylog.migration.messages import (
     Hello,
     Pages,
     PassEnd,
+    Ready,
+    Shared,
     State,
     Taken,
+    Welcome,
+    ZeroPages,
+    encode,
 )
 from dirtylog.migration.protocol import Role
 
@@ -66,6 +83,10 @@ def guest() -> Iterator[FakeMachine]:
 
 def _never_started(guest: FakeMachine) -> bool:  # M6
     return guest.state is RunState.INMIGRATE
+
+
+def _is_empty(machine: FakeMachine) -> bool:
+    return not any(block.array.any() for block in machine.memory.blocks.values())
 
 
 def test_recording_has_every_message_of_a_source(recording: Recording) -> None:
@@ -149,7 +170,7 @@ def _ones(payload: Piece) -> Piece:
 
 
 def _hello(machine: str = "fake", blocks: tuple[BlockInfo, ...] = _FAKE_BLOCKS, *, verify: bool = True) -> _Change:
-    return _instead("Hello", piece(Hello(machine, blocks, verify, 1, bytes(16))))
+    return _instead("Hello", piece(Hello(machine, blocks, verify, 1, bytes(16), False)))
 
 
 _REFUSED: dict[str, tuple[_Change, type[DirtylogError], str]] = {
@@ -166,7 +187,7 @@ _REFUSED: dict[str, tuple[_Change, type[DirtylogError], str]] = {
     "another version": (
         _instead("preamble", Piece("preamble", MAGIC + struct.pack("<I", 1))),
         ProtocolError,
-        "the source speaks version 1 of the migration protocol, this side 2",
+        "the source speaks version 1 of the migration protocol, this side 3",
     ),
     "no greeting": (_instead("Hello"), ProtocolError, "the source sent ZeroPages when OPENING"),
     "two greetings": (
@@ -324,9 +345,15 @@ def test_abort_makes_a_waiting_destination_give_up(guest: FakeMachine, tmp_path:
     assert _never_started(guest)
 
 
-@pytest.mark.parametrize("point", [point for point in DESTINATION if point.moment is not Moment.WITHIN], ids=str)
+_POINTS = [(point, False) for point in DESTINATION if point.moment is not Moment.WITHIN]
+_POINTS += [(point, True) for point in SHARED_DESTINATION if point.moment is not Moment.WITHIN]
+
+
+@pytest.mark.parametrize(
+    ("point", "shared"), _POINTS, ids=[f"{point}{'-shared' if shared else ''}" for point, shared in _POINTS]
+)
 def test_abort_ends_it_until_the_guest_is_handed_over(
-    point: Checkpoint, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    point: Checkpoint, shared: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(outgoing_module, "_GONE_TIMEOUT", 0.02)
     address = parse_address(f"unix:{tmp_path}/x")
@@ -339,14 +366,18 @@ def test_abort_ends_it_until_the_guest_is_handed_over(
         source.resume()
         incoming = IncomingMigration(guest, listener)
         install(point, incoming.abort, monkeypatch.setattr)
-        outgoing = OutgoingMigration(source, address, Parameters(verify=True))
+        outgoing = OutgoingMigration(source, address, Parameters(verify=True, share_memory=shared))
         sending = Task(outgoing.run)
         error = Task(incoming.run).error()
         if "Taken" in point.message:
             assert error is None
             sending.join()
             assert (source.state, guest.state) == (RunState.POSTMIGRATE, RunState.RUNNING)
-        elif point.message == "Handover" or str(point) == "destination:after-sending:Ready":
+        elif point.message == "Handover":  # the source cannot be told any more, so nobody runs the guest
+            assert isinstance(error, CancelledError)
+            assert isinstance(sending.error(), InDoubtError)
+            assert (source.state, guest.state) == (RunState.POSTMIGRATE, RunState.INMIGRATE)
+        elif str(point) == "destination:after-sending:Ready":
             sending.error()  # the source may have let go already; who runs the guest then depends on who was faster
         else:
             assert isinstance(error, CancelledError)
@@ -354,6 +385,9 @@ def test_abort_ends_it_until_the_guest_is_handed_over(
             assert outgoing.status is Status.FAILED
             assert (source.state, guest.state) == (RunState.RUNNING, RunState.INMIGRATE)
         assert custody.most == 1
+        if shared and isinstance(error, CancelledError):
+            assert _is_empty(guest)
+            assert not _is_empty(source)
 
 
 def test_pages_sent_twice_end_as_they_were_sent_last(guest: FakeMachine, recording: Recording) -> None:
@@ -379,3 +413,180 @@ def test_nobody_else_is_taken_in_once_a_source_has_come(
         talk(peer, stream(recording.source[greeting:]))
         task.join()
     assert guest.state is RunState.RUNNING
+
+
+_SHARED = Hello("fake", _FAKE_BLOCKS, False, 1, bytes(16), True)
+_STATE = State(False, {"cpu0": {"place": struct.pack("<IQ", 16 * 4096, 0)}})
+
+
+@contextmanager
+def _source(guest: FakeMachine, hello: Hello = _SHARED) -> Iterator[tuple[Channel, Task]]:
+    """A source that is to share its memory, welcomed by a guest's incoming migration."""
+    one, other = socket.socketpair()
+    with closing(PairListener(other)) as listener, Channel(one, Role.SOURCE) as source:
+        task = Task(IncomingMigration(guest, listener).run)
+        source.send(hello)
+        source.expect(Welcome)
+        yield source, task
+
+
+@pytest.fixture
+def memory() -> Iterator[list[MemfdMapping]]:
+    """What the source has to share: 1 in all bytes of the first, 2 in those of the second."""
+    with ExitStack() as stack:
+        mappings = [stack.enter_context(closing(MemfdMapping(one.name, one.size))) for one in _FAKE_BLOCKS]
+        for number, mapping in enumerate(mappings):
+            mapping.array[:] = number + 1
+        yield mappings
+
+
+def _share(source: Channel, memory: list[MemfdMapping]) -> None:
+    source.send(Shared(len(memory)))
+    source.send_files([mapping.fd for mapping in memory])
+
+
+def test_memory_that_is_shared_is_the_guests_once_it_is_handed_over(
+    guest: FakeMachine, memory: list[MemfdMapping]
+) -> None:
+    with _source(guest) as (source, task):
+        _share(source, memory)
+        source.send(_STATE)
+        source.expect(Ready)
+        source.send(Handover())
+        source.expect(Taken)
+        task.join()
+    assert guest.state is RunState.PAUSED
+    guest.memory.blocks["rom"].array[:] = 5
+    assert [set(mapping.array) for mapping in memory] == [{1}, {5}]
+
+
+_Step = Callable[[Channel, list[MemfdMapping]], object]
+_HOSTILE: dict[str, tuple[list[_Step], str]] = {
+    "pages instead": (
+        [lambda source, _: source.send(ZeroPages(0, np.array([[0, 1]], np.int64)))],
+        "the source sent ZeroPages instead of Shared",
+    ),
+    "state instead": ([lambda source, _: source.send(_STATE)], "the source sent State instead of Shared"),
+    "another number": (
+        [lambda source, _: source.send(Shared(1))],
+        "the source shares the memory of another number of blocks than it has",
+    ),
+    "no files": (
+        [lambda source, _: source.send(Shared(2)), lambda source, _: source.send(_STATE)],
+        "the source announced 2 files, and sent 0",
+    ),
+    "a file less": (
+        [lambda source, _: source.send(Shared(2)), lambda source, memory: source.send_files([memory[0].fd])],
+        "the source announced 2 files, and sent 1",
+    ),
+    "another order": (
+        [
+            lambda source, _: source.send(Shared(2)),
+            lambda source, memory: source.send_files([memory[1].fd, memory[0].fd]),
+        ],
+        "the source shares memory that cannot be used: the memfd of 20480 bytes cannot stand in for 327680",
+    ),
+    "the second of another size": (
+        [
+            lambda source, _: source.send(Shared(2)),
+            lambda source, memory: source.send_files([memory[0].fd, memory[0].fd]),
+        ],
+        "the source shares memory that cannot be used: the memfd of 327680 bytes cannot stand in for 20480",
+    ),
+    "no memory at all": (
+        [
+            lambda source, _: source.send(Shared(2)),
+            lambda source, _: source.send_files([source.fileno(), source.fileno()]),
+        ],
+        "the source shares memory that cannot be used: the file to be mapped is no memfd",
+    ),
+    "pages afterwards": (
+        [_share, lambda source, _: source._socket.sendall(encode(ZeroPages(0, np.array([[0, 1]], np.int64))))],
+        "the source sent ZeroPages when SHARED",
+    ),
+    "twice": (
+        [_share, lambda source, _: source._socket.sendall(encode(Shared(2)))],
+        "the source sent Shared when SHARED",
+    ),
+    "digests that were not agreed on": (
+        [_share, lambda source, _: source.send(Digests((b"x", b"y")))],
+        "the source sent Digests instead of State",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", _HOSTILE)
+def test_source_that_shares_something_wrong_is_refused_and_let_go_of(  # M5, M6
+    guest: FakeMachine, memory: list[MemfdMapping], name: str
+) -> None:
+    steps, cause = _HOSTILE[name]
+    before = open_descriptors()
+    with _source(guest) as (source, task):
+        for step in steps:
+            step(source, memory)
+        with pytest.raises(RefusedError, match=cause):
+            source.expect(Ready)
+    error = task.error()
+    assert isinstance(error, ProtocolError)
+    assert error.cause.startswith(cause)
+    assert _never_started(guest)
+    assert _is_empty(guest)
+    assert [set(mapping.array) for mapping in memory] == [{1}, {2}]
+    assert len(open_descriptors()) == len(before)
+
+
+def test_digests_that_were_agreed_on_are_not_left_out_where_memory_is_shared(  # M5
+    guest: FakeMachine, memory: list[MemfdMapping]
+) -> None:
+    hello = Hello("fake", _FAKE_BLOCKS, True, 1, bytes(16), True)
+    with _source(guest, hello) as (source, task):
+        _share(source, memory)
+        source.send(_STATE)
+    error = task.error()
+    assert isinstance(error, ProtocolError)
+    assert error.cause == "the source sent State instead of Digests"
+
+
+def test_shared_memory_that_changed_since_it_was_digested_is_refused(  # M5
+    guest: FakeMachine, memory: list[MemfdMapping]
+) -> None:
+    hello = Hello("fake", _FAKE_BLOCKS, True, 1, bytes(16), True)
+    with _source(guest, hello) as (source, task):
+        _share(source, memory)
+        source.send(Digests((b"x", b"y")))
+        with pytest.raises(RefusedError, match="memory differs from the source's at the switchover"):
+            source.expect(Ready)
+    assert isinstance(task.error(), ProtocolError)
+    assert _is_empty(guest)
+
+
+def test_memory_is_not_shared_over_the_network_or_on_several_channels(guest: FakeMachine) -> None:  # M5
+    cause = "the source wants to share its memory on a connection that cannot do that"
+    with closing(Listener(parse_address("tcp:127.0.0.1:0"))) as listener:
+        task = Task(IncomingMigration(guest, listener).run)
+        with connect(listener.address) as source:
+            source.send(_SHARED)
+            with pytest.raises(RefusedError, match=cause):
+                source.expect(Welcome)
+        with pytest.raises(ProtocolError, match=cause):
+            task.join()
+    one, other = socket.socketpair()
+    with fake_machine(boot=False) as another, closing(PairListener(other)) as unix:
+        task = Task(IncomingMigration(another, unix).run)
+        with Channel(one, Role.SOURCE) as source:
+            source.send(Hello("fake", _FAKE_BLOCKS, False, 2, bytes(16), True))
+            with pytest.raises(RefusedError, match=cause):
+                source.expect(Welcome)
+        assert isinstance(task.error(), ProtocolError)
+
+
+def test_nobody_else_is_taken_in_while_memory_is_shared(guest: FakeMachine, tmp_path: Path) -> None:
+    path = tmp_path / "x"
+    with closing(Listener(parse_address(f"unix:{path}"))) as listener:
+        task = Task(IncomingMigration(guest, listener).run)
+        with connect(listener.address) as source:
+            source.send(_SHARED)
+            source.expect(Welcome)
+            wait_until(lambda: not path.exists(), "nobody is waited for any more")
+        assert isinstance(task.error(), DisconnectedError)
+    assert _never_started(guest)

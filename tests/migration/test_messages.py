@@ -28,6 +28,7 @@ from dirtylog.migration.messages import (
     PassDone,
     PassEnd,
     Ready,
+    Shared,
     State,
     Taken,
     Welcome,
@@ -50,14 +51,15 @@ def _runs(*runs: tuple[int, int]) -> messages.Runs:
 _TABLE: list[tuple[Stage, Message, str]] = [
     (
         Stage.OPENING,
-        Hello("kvm-x86-pc", (BlockInfo("pc.ram", 1 << 30, 4096),), False, 1, bytes(16)),
-        "0100 0000 6c000000"
-        "85 a7 6d616368696e65 aa 6b766d2d7838362d7063"  # machine: kvm-x86-pc
+        Hello("kvm-x86-pc", (BlockInfo("pc.ram", 1 << 30, 4096),), False, 1, bytes(16), False),
+        "0100 0000 74000000"
+        "86 a7 6d616368696e65 aa 6b766d2d7838362d7063"  # machine: kvm-x86-pc
         "a6 626c6f636b73 91 83 a4 6e616d65 a6 70632e72616d"  # blocks: name: pc.ram
         "a4 73697a65 ce 40000000 a9 706167655f73697a65 cd 1000"  # size, page_size
         "a6 766572696679 c2"  # verify: false
         "a8 6368616e6e656c73 01"  # channels: 1
-        "a7 73657373696f6e c4 10 00000000000000000000000000000000",  # session
+        "a7 73657373696f6e c4 10 00000000000000000000000000000000"  # session
+        "a6 736861726564 c2",  # shared: false
     ),
     (
         Stage.OFFERED,
@@ -107,6 +109,7 @@ _TABLE: list[tuple[Stage, Message, str]] = [
         "0e00 0000 1b000000 81 a7 73657373696f6e c4 10 30313233343536373839616263646566",
     ),
     (Stage.JOINING, Joined(), "0f00 0000 01000000 80"),
+    (Stage.STREAMING, Shared(2), "1000 0000 08000000 81 a5 66696c6573 02"),
 ]
 _EACH = pytest.mark.parametrize(
     ("stage", "message", "frame"),
@@ -173,7 +176,7 @@ def test_body_cut_anywhere_is_refused(stage: Stage, message: Message, frame: byt
     ("head", "reason"),
     [
         ((0, 0, 0), "no message has the type 0"),
-        ((16, 0, 0), "no message has the type 16"),
+        ((17, 0, 0), "no message has the type 17"),
         ((0xFFFF, 0, 0), "no message has the type 65535"),
         ((1, 1, 0), "no message has the type 1 and flags 1"),
         ((8, 0, MAX_BODY + 1), "a State message of 16777217 bytes"),

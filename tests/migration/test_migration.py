@@ -7,14 +7,25 @@ from itertools import count
 from pathlib import Path
 
 import pytest
-from support.checkpoints import DESTINATION, SIDE, SOURCE, Checkpoint, Moment, install
+from support.checkpoints import (
+    DESTINATION,
+    SHARED_DESTINATION,
+    SHARED_SOURCE,
+    SIDE,
+    SOURCE,
+    Checkpoint,
+    Moment,
+    install,
+)
 from support.custody import Custody
+from support.descriptors import few_descriptors
 from support.economies import Fickle
 from support.fake_machine import RAM_PAGES, ROM_PAGES, FakeMachine
 from support.guests import check_memory, check_runs_on, rounds, same_memory, wait_for_rounds
+from support.kvm import open_descriptors
 from support.waiting import Task, wait_until
 
-from dirtylog.errors import CancelledError, DirtylogError, RefusedError, UsageError
+from dirtylog.errors import CancelledError, DirtylogError, ProtocolError, RefusedError, UsageError
 from dirtylog.machine import RunState
 from dirtylog.memory import Client, MemoryListener, MemoryRegionSection
 from dirtylog.migration import IncomingMigration, Listener, OutgoingMigration, Parameters, Status, parse_address
@@ -22,6 +33,7 @@ from dirtylog.migration import lanes as lanes_module
 from dirtylog.migration import outgoing as outgoing_module
 from dirtylog.migration.economy import Way
 from dirtylog.migration.parameters import Compression
+from dirtylog.migration.protocol import Role
 from dirtylog.migration.statistics import ENDED
 from dirtylog.trackers import KVMLogMode
 
@@ -357,6 +369,150 @@ def test_migration_cancelled_before_it_began_does_nothing(stack: ExitStack, unix
     check_runs_on(source)
 
 
+_SHARED = Parameters(share_memory=True, verify=True)
+
+
+def _is_empty(machine: FakeMachine) -> bool:
+    return not any(block.array.any() for block in machine.memory.blocks.values())
+
+
+@pytest.mark.parametrize("verify", [False, True], ids=["", "verified"])
+@pytest.mark.parametrize("mode", KVMLogMode, ids=lambda mode: mode.value)
+def test_running_guest_moves_with_its_memory_and_runs_on(
+    stack: ExitStack, unix: str, mode: KVMLogMode, verify: bool
+) -> None:
+    source, destination = _machine(stack, mode=mode, running=True), _machine(stack, mode=mode)
+    for block in destination.memory.blocks.values():
+        block.array[:] = 0xEE
+    before = rounds(source)
+    outgoing = _migrate(source, destination, unix, Parameters(share_memory=True, verify=verify))
+    assert outgoing.status is Status.COMPLETED
+    assert bool(outgoing.statistics.digests) is verify
+    assert rounds(destination) >= before
+    assert _is_empty(source)
+    check_runs_on(destination)
+
+
+def test_shared_memory_is_that_of_the_destination_only_and_nothing_was_copied(stack: ExitStack, unix: str) -> None:
+    source, destination = _machine(stack, running=True), _machine(stack)
+    source.pause()
+    contents = {name: block.array.copy() for name, block in source.memory.blocks.items()}
+    places = {name: block.mapping.address for name, block in destination.memory.blocks.items()}
+    arrays = {name: block.array for name, block in destination.memory.blocks.items()}
+    outgoing = _migrate(source, destination, unix, _SHARED)
+    assert destination.state is RunState.PAUSED
+    for name, block in destination.memory.blocks.items():
+        assert block.mapping.address == places[name]
+        assert (arrays[name] == contents[name]).all()
+    arrays["ram"][:] = 7
+    assert _is_empty(source)
+    source.memory.blocks["ram"].array[:] = 8
+    assert arrays["ram"].min() == arrays["ram"].max() == 7
+    statistics = outgoing.statistics
+    assert (statistics.passes, statistics.bytes, statistics.downtime_bytes) == ([], 0, 0)
+    assert 0 < statistics.downtime < statistics.total_seconds
+    parts = statistics.downtime_parts
+    assert parts is not None
+    assert statistics.downtime == pytest.approx(parts.stop + parts.final_pass + parts.state + parts.handover)
+
+
+def test_statuses_of_a_migration_with_shared_memory(stack: ExitStack, unix: str) -> None:
+    source, destination = _machine(stack, running=True), _machine(stack)
+    statuses: list[Status] = []
+    passes: list[int] = []
+    with _arrival(destination, unix) as (task, address):
+        OutgoingMigration(
+            source, parse_address(address), _SHARED, observe=statuses.append, observe_pass=passes.append
+        ).run()
+        task.join()
+    assert statuses == [Status.SETUP, Status.ACTIVE, Status.DEVICE, Status.COMPLETED]
+    assert passes == []
+
+
+def test_guest_moves_on_and_back_with_its_memory_and_no_descriptor_is_left(stack: ExitStack, unix: str) -> None:
+    there = _machine(stack, running=True)
+    for turn in range(6):
+        here = _machine(stack)
+        before = open_descriptors()
+        _migrate(there, here, unix, (_SHARED, Parameters(verify=True))[turn % 3 == 2])
+        assert len(open_descriptors()) == len(before)
+        check_runs_on(here)
+        there = here
+
+
+@pytest.mark.parametrize("parameters", [_SHARED, Parameters(verify=True)], ids=["shared", "copied"])
+def test_guest_whose_memory_was_shared_loses_no_write_afterwards(  # D1
+    stack: ExitStack, unix: str, parameters: Parameters
+) -> None:
+    first, second, third = _machine(stack, running=True), _machine(stack), _machine(stack)
+    region = second.memory.ram_regions[0]
+    region.start_logging_display()
+    _migrate(first, second, unix, _SHARED)
+    region.snapshot_and_clear_dirty(0, region.size, Client.DISPLAY)
+    wait_for_rounds(second, 2)
+    assert region.snapshot_and_clear_dirty(0, region.size, Client.DISPLAY).is_dirty(16 * 4096, 32 * 4096)
+    _migrate(second, third, unix, parameters)
+    check_runs_on(third)
+    region.stop_logging_display()
+
+
+def test_source_has_let_go_of_shared_memory_before_it_can_run_again(stack: ExitStack, unix: str) -> None:
+    source, destination = _machine(stack, running=True), _machine(stack)
+    empty: list[bool] = []
+    source.observers.append(lambda _, new: empty.append(_is_empty(source)) if new is RunState.POSTMIGRATE else None)
+    _migrate(source, destination, unix, _SHARED)
+    assert empty == [True]
+
+
+def test_descriptors_that_the_destination_may_not_open_leave_the_guest_where_it_was(  # M2
+    stack: ExitStack, unix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, destination = _machine(stack, running=True), _machine(stack)
+    with _arrival(destination, unix) as (task, address):
+        outgoing = OutgoingMigration(source, parse_address(address), _SHARED)
+        with monkeypatch.context() as patch:
+            point = Checkpoint(Role.DESTINATION, Moment.AFTER_RECEIVING, "Shared")
+            install(point, lambda: stack.enter_context(few_descriptors(1)), patch.setattr)
+            with pytest.raises(RefusedError, match="the source announced 2 files, and sent 1"):
+                outgoing.run()
+            assert isinstance(task.error(), ProtocolError)
+    assert (destination.state, _is_empty(destination)) == (RunState.INMIGRATE, True)
+    check_runs_on(source)
+
+
+def test_guest_that_has_started_keeps_its_shared_memory_whatever_fails_then(stack: ExitStack, unix: str) -> None:
+    source, destination = _machine(stack, running=True), _machine(stack)
+
+    def fail(_: RunState, new: RunState) -> None:
+        if new is RunState.RUNNING:
+            raise OSError
+
+    destination.observers.append(fail)
+    with _arrival(destination, unix) as (task, address):
+        OutgoingMigration(source, parse_address(address), _SHARED).run()
+        assert isinstance(task.error(), OSError)
+    destination.observers.remove(fail)
+    check_runs_on(destination)
+
+
+def test_network_address_and_several_channels_are_refused_at_once(stack: ExitStack, unix: str) -> None:
+    source = _machine(stack, running=True)
+    for uri, parameters in (("tcp:127.0.0.1:1", _SHARED), (unix, replace(_SHARED, channels=2))):
+        with pytest.raises(UsageError, match="memory"):
+            OutgoingMigration(source, parse_address(uri), parameters)
+    check_runs_on(source)
+
+
+def test_memory_cannot_be_shared_when_it_was_not_agreed_on_at_the_start(stack: ExitStack, unix: str) -> None:
+    endless = _Endless(stack, unix)
+    endless.outgoing.parameters = _SHARED
+    endless.task.join()
+    endless.arrival.join()
+    assert endless.outgoing.statistics.bytes > 0
+    check_memory(endless.source)
+    check_runs_on(endless.destination)
+
+
 def test_finished_migration_cannot_be_cancelled(stack: ExitStack, unix: str) -> None:
     outgoing = _migrate(_machine(stack, running=True), _machine(stack), unix)
     assert not outgoing.cancel()
@@ -365,11 +521,14 @@ def test_finished_migration_cannot_be_cancelled(stack: ExitStack, unix: str) -> 
 
 _WHOLE = [point for point in SOURCE + DESTINATION if point.moment is not Moment.WITHIN]
 _CANCELLED = [(point, Parameters(verify=True)) for point in _WHOLE]
+_CANCELLED += [(point, _SHARED) for point in SHARED_SOURCE + SHARED_DESTINATION if point.moment is not Moment.WITHIN]
 _CANCELLED += [(point, _MANY) for point in (*_WHOLE, *SIDE) if point.moment is not Moment.WITHIN]
 
 
 @pytest.mark.parametrize(
-    ("point", "parameters"), _CANCELLED, ids=[f"{point}-{parameters.channels}" for point, parameters in _CANCELLED]
+    ("point", "parameters"),
+    _CANCELLED,
+    ids=[f"{point}-{'shared' if parameters.share_memory else parameters.channels}" for point, parameters in _CANCELLED],
 )
 def test_cancel_at_any_moment_leaves_the_guest_with_one_owner(  # M1, M2
     stack: ExitStack, unix: str, point: Checkpoint, parameters: Parameters, monkeypatch: pytest.MonkeyPatch
@@ -390,6 +549,8 @@ def test_cancel_at_any_moment_leaves_the_guest_with_one_owner(  # M1, M2
         assert outgoing.status is Status.CANCELLED
         assert isinstance(arrived, DirtylogError)
         assert destination.state is RunState.INMIGRATE
+        if parameters.share_memory:
+            assert _is_empty(destination)
         check_runs_on(source)
         _migrate(source, _machine(stack), unix, parameters)
     else:

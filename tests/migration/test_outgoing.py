@@ -1,4 +1,6 @@
+import socket
 import struct
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +20,7 @@ from support.streams import (
     replaced,
     stream,
 )
-from support.waiting import Task
+from support.waiting import BOUND, Task
 
 from dirtylog.errors import (
     DirtylogError,
@@ -147,7 +149,7 @@ _REFUSED: dict[str, tuple[Callable[[tuple[Piece, ...]], tuple[Piece, ...]], type
     "another version": (
         _instead("preamble", Piece("preamble", b"DIRTYLOG\x09\0\0\0")),
         ProtocolError,
-        "the destination speaks version 9 of the migration protocol, this side 2",
+        "the destination speaks version 9 of the migration protocol, this side 3",
     ),
     "not invited": (_instead("Welcome"), ProtocolError, "the destination sent PassDone when OFFERED"),
     "invited twice": (
@@ -319,3 +321,114 @@ def test_destination_that_falls_silent_is_given_up(  # M2
         with pytest.raises(DisconnectedError, match="has not moved a byte for a while and counts as gone"):
             outgoing.run()
     assert guest.state is RunState.RUNNING
+
+
+def _late(monkeypatch: pytest.MonkeyPatch, directory: Path, recording: Recording, last: bytes) -> tuple[str, Task]:
+    """A destination that says nothing where ``Taken`` is due, but when it is looked for, and then is gone."""
+    monkeypatch.setattr(outgoing_module, "STALL_TIMEOUT", 0.05)
+    asked, said = threading.Event(), threading.Event()
+    server = socket.socket(socket.AF_UNIX)
+    server.bind(str(directory / "late"))
+    server.listen()
+
+    def talk() -> None:
+        with server, server.accept()[0] as connection:
+            connection.sendall(stream(_without_taken(recording, _OWN)))
+            assert asked.wait(BOUND)
+            connection.sendall(last)
+        said.set()
+
+    def is_gone(*_: object) -> bool:
+        asked.set()
+        return said.wait(BOUND)
+
+    monkeypatch.setattr(ProcessName, "is_gone", is_gone)
+    return f"unix:{directory}/late", Task(talk)
+
+
+def test_guest_is_not_taken_back_from_a_destination_that_took_it_late_before_it_ended(  # M1
+    guest: FakeMachine, recording: Recording, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uri, task = _late(monkeypatch, tmp_path, recording, piece(Taken()).data)
+    outgoing = OutgoingMigration(guest, parse_address(uri), _VERIFY)
+    outgoing.run()
+    task.join()
+    assert outgoing.status is Status.COMPLETED
+    assert guest.state is RunState.POSTMIGRATE
+
+
+@pytest.mark.parametrize(
+    ("last", "kind", "cause"),
+    [
+        (b"", DisconnectedError, "counts as gone"),
+        (piece(Taken()).data[:5], DisconnectedError, "counts as gone"),
+        (b"garbage, not a message", DisconnectedError, "counts as gone"),
+        (piece(Failed("no")).data, RefusedError, "the destination gave up: no"),
+    ],
+    ids=["nothing", "part of Taken", "garbage", "Failed"],
+)
+def test_guest_is_taken_back_from_a_destination_whose_last_words_were_others(  # M2
+    guest: FakeMachine,
+    recording: Recording,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    last: bytes,
+    kind: type[DirtylogError],
+    cause: str,
+) -> None:
+    uri, task = _late(monkeypatch, tmp_path, recording, last)
+    outgoing = OutgoingMigration(guest, parse_address(uri), _VERIFY)
+    with pytest.raises(kind, match=cause):
+        outgoing.run()
+    task.join()
+    assert outgoing.status is Status.FAILED
+    assert guest.state is RunState.RUNNING
+
+
+_SHARED = Parameters(verify=True, share_memory=True)
+
+
+def _for_shared(recording: Recording) -> tuple[Piece, ...]:
+    """What a destination says where memory is shared."""
+    return tuple(one for one in recording.destination if one.name != "PassDone")
+
+
+def test_whole_stream_takes_the_guest_away_with_its_memory(
+    guest: FakeMachine, recording: Recording, tmp_path: Path
+) -> None:
+    outgoing, error, statuses = _play(guest, tmp_path, stream(_for_shared(recording)), _SHARED)
+    assert error is None
+    assert guest.state is RunState.POSTMIGRATE
+    assert statuses == [Status.SETUP, Status.ACTIVE, Status.DEVICE, Status.COMPLETED]
+    assert outgoing.statistics.digests.keys() == {"ram", "rom"}
+    assert not any(block.array.any() for block in guest.memory.blocks.values())
+
+
+@pytest.mark.parametrize("name", ["preamble", "Welcome", "Ready", "Taken"])
+def test_guest_keeps_its_shared_memory_when_the_stream_ends_before_or_within_a_piece(  # M2
+    recording: Recording, tmp_path: Path, name: str
+) -> None:
+    gone = replace(_OWN, start_time=_OWN.start_time + 1)
+    welcome = piece(Welcome(gone.boot_id, gone.pid, gone.start_time))
+    pieces = replaced(_for_shared(recording), "Welcome", welcome)
+    index = first(pieces, name)
+    start, size = len(stream(pieces[:index])), len(pieces[index].data)
+    for cut in sorted({0, 1, HEAD.size, size - 1}):
+        with fake_machine() as guest:
+            guest.resume()
+            contents = {block: block.array.copy() for block in guest.memory.blocks.values()}
+            outgoing, error, _ = _play(guest, tmp_path, stream(pieces)[: start + cut], _SHARED)
+            assert type(error) is DisconnectedError, cut
+            assert outgoing.status is Status.FAILED
+            assert guest.state is RunState.RUNNING
+            assert all(bool((block.array == before).all()) for block, before in contents.items())
+
+
+def test_shared_memory_stays_where_it_is_when_nobody_knows_who_has_the_guest(  # M1
+    guest: FakeMachine, recording: Recording, tmp_path: Path
+) -> None:
+    pieces = tuple(one for one in _without_taken(recording, _OWN) if one.name != "PassDone")
+    _, error, _ = _play(guest, tmp_path, stream(pieces), _SHARED)
+    assert isinstance(error, InDoubtError)
+    assert guest.state is RunState.POSTMIGRATE
+    assert guest.memory.blocks["ram"].array.any()

@@ -15,6 +15,7 @@ def test_defaults_are_those_of_the_command_line() -> None:
         switchover_bandwidth=0,
         clear_chunk=128 << 20,
         verify=False,
+        share_memory=False,
         channels=1,
         compression=Compression.NONE,
         delta_cache=0,

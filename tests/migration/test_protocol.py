@@ -24,6 +24,7 @@ from dirtylog.migration.messages import (
     PassDone,
     PassEnd,
     Ready,
+    Shared,
     State,
     Taken,
     Welcome,
@@ -34,7 +35,7 @@ from dirtylog.migration.protocol import SENDERS, TRANSITIONS, Protocol, Role, St
 
 _RUNS = np.array([[0, 1]], np.int64)
 _EXAMPLES: dict[type[Message], Message] = {
-    Hello: Hello("fake", (), False, 1, bytes(16)),
+    Hello: Hello("fake", (), False, 1, bytes(16), False),
     Welcome: Welcome("boot", 1, 1),
     Pages: Pages(0, _RUNS),
     ZeroPages: ZeroPages(0, _RUNS),
@@ -49,6 +50,7 @@ _EXAMPLES: dict[type[Message], Message] = {
     EncodedPages: EncodedPages(0, _RUNS, size=9, difference=True),
     Join: Join(bytes(16)),
     Joined: Joined(),
+    Shared: Shared(1),
 }
 
 # What may be said when, by whom, and what it leads to: written out here a second time, on purpose.
@@ -80,6 +82,11 @@ STREAMING    source       Digests    DIGESTED
 STREAMING    source       State      STATE_SENT
 STREAMING    source       Failed     FAILED
 STREAMING    destination  Failed     FAILED
+STREAMING    source       Shared     SHARED
+SHARED       source       Digests    DIGESTED
+SHARED       source       State      STATE_SENT
+SHARED       source       Failed     FAILED
+SHARED       destination  Failed     FAILED
 PASS_ENDED   destination  PassDone   STREAMING
 PASS_ENDED   source       Failed     FAILED
 PASS_ENDED   destination  Failed     FAILED
@@ -171,13 +178,13 @@ def test_side_channel_never_leads_to_the_guest() -> None:  # M1
 
 
 def test_preamble_is_magic_and_version() -> None:
-    assert Protocol.preamble() == b"DIRTYLOG\x02\x00\x00\x00" == MAGIC + struct.pack("<I", VERSION)
+    assert Protocol.preamble() == b"DIRTYLOG\x03\x00\x00\x00" == MAGIC + struct.pack("<I", VERSION)
 
 
 @pytest.mark.parametrize("role", Role)
 @pytest.mark.parametrize(
     "data",
-    [b"GET / HTTP/1.1\r\n", b"QEVM\x00\x00\x00\x03 padding", b"dirtylog\x02\x00\x00\x00", bytes(12), b"\xff" * 12],
+    [b"GET / HTTP/1.1\r\n", b"QEVM\x00\x00\x00\x03 padding", b"dirtylog\x03\x00\x00\x00", bytes(12), b"\xff" * 12],
 )
 def test_peer_that_speaks_something_else_is_refused(role: Role, data: bytes) -> None:  # M5
     protocol = Protocol(role)
@@ -187,9 +194,9 @@ def test_peer_that_speaks_something_else_is_refused(role: Role, data: bytes) -> 
     assert _other(role).value in caught.value.cause
 
 
-@pytest.mark.parametrize("version", [0, 1, VERSION + 1, 0xFFFF_FFFF])
+@pytest.mark.parametrize("version", [0, 2, VERSION + 1, 0xFFFF_FFFF])
 def test_peer_of_another_version_is_refused(version: int) -> None:  # M5
-    with pytest.raises(ProtocolError, match=f"speaks version {version} of the migration protocol, this side 2"):
+    with pytest.raises(ProtocolError, match=f"speaks version {version} of the migration protocol, this side 3"):
         Protocol(Role.DESTINATION).receive(MAGIC + struct.pack("<I", version))
 
 

@@ -11,6 +11,7 @@ from dirtylog.migration.messages import (
     MAX_BATCH_PAGES,
     MAX_BODY,
     MAX_CHANNELS,
+    MAX_FILES,
     MAX_RUNS,
     MESSAGES,
     PREAMBLE,
@@ -85,6 +86,7 @@ def test_page_has_the_limits(tables: Tables) -> None:
     assert limits["runs in a table"] == str(MAX_RUNS)
     assert limits["pages in one `Pages` or `EncodedPages`"] == str(MAX_BATCH_PAGES)
     assert limits["channels"] == str(MAX_CHANNELS)
+    assert limits["descriptors"] == str(MAX_FILES)
 
 
 def test_page_has_preamble_head_and_times(tables: Tables) -> None:
@@ -92,6 +94,7 @@ def test_page_has_preamble_head_and_times(tables: Tables) -> None:
     assert f"Version {VERSION}." in text
     assert f"`{MAGIC.decode()}`" in text
     assert (PREAMBLE.size, HEAD.size) == (12, 8)
+    assert f"`{channel._WITH_FILES.hex()}` (`{channel._WITH_FILES.decode()}`)" in text
     silence = {(who, what): bound for who, what, bound in tables["who", "waits for", "at most"]}
     assert silence["either", "the next byte, until `Welcome`"] == f"{channel.HANDSHAKE_TIMEOUT:.0f} s"
     stall = f"{channel.STALL_TIMEOUT:.0f} s"

@@ -1,6 +1,7 @@
 """A process that is one side of a migration and stands still at a checkpoint, to be killed there.
 
-Arguments: the side, the kind of machine, the address, and the checkpoint, or ``-`` for none. It prints a line for all
+Arguments: the side, the kind of machine, the address, the checkpoint, or ``-`` for none, and whether memory is
+``copied`` or ``shared``, which a source decides. It prints a line for all
 that happens: ``listening``, each new state of the machine, ``halted`` at the checkpoint, ``done`` or ``error`` at last.
 """
 
@@ -25,15 +26,16 @@ def halt() -> None:
         signal.pause()
 
 
-def send(kind: str, uri: str) -> None:
+def send(kind: str, uri: str, way: str) -> None:
     with machine(kind, boot=True) as guest:
         guest.observers.append(lambda _, new: say(new.value))
         guest.resume()
         wait_for_rounds(guest)
-        OutgoingMigration(guest, parse_address(uri), Parameters(verify=True)).run()
+        parameters = Parameters(verify=True, share_memory=way == "shared")
+        OutgoingMigration(guest, parse_address(uri), parameters).run()
 
 
-def receive(kind: str, uri: str) -> None:
+def receive(kind: str, uri: str, _: str) -> None:
     with machine(kind, boot=False) as guest:
         guest.observers.append(lambda _, new: say(new.value))
         listener = Listener(parse_address(uri))
@@ -45,11 +47,11 @@ def receive(kind: str, uri: str) -> None:
             listener.close()
 
 
-def main(side: str, kind: str, uri: str, checkpoint: str) -> int:
+def main(side: str, kind: str, uri: str, checkpoint: str, way: str) -> int:
     if checkpoint != "-":
         install(Checkpoint.parse(checkpoint), halt, setattr)
     try:
-        (send if Role(side) is Role.SOURCE else receive)(kind, uri)
+        (send if Role(side) is Role.SOURCE else receive)(kind, uri, way)
     except DirtylogError as error:
         say(f"error {error}")
         return 1

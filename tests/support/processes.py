@@ -129,6 +129,7 @@ def dirtylog(*arguments: str) -> Process:
     return Process((*DIRTYLOG, *arguments))
 
 
-def child(side: str, kind: str, uri: str, checkpoint: object) -> Process:
+def child(side: str, kind: str, uri: str, checkpoint: object, *, shared: bool = False) -> Process:
     """See `support.migration_child`."""
-    return Process((sys.executable, "-m", "support.migration_child", side, kind, uri, str(checkpoint)))
+    way = "shared" if shared else "copied"
+    return Process((sys.executable, "-m", "support.migration_child", side, kind, uri, str(checkpoint), way))

@@ -17,7 +17,8 @@ from dirtylog.cli.verdict import verdict_text
 from dirtylog.control.migration_info import MigrationInfo
 from dirtylog.control.qmp import QMPClient
 from dirtylog.errors import CancelledError, PeerError, ProtocolError, UsageError
-from dirtylog.migration import Compression, Parameters, Slowdown, parse_address
+from dirtylog.migration import Address, Compression, Parameters, Slowdown, parse_address
+from dirtylog.migration.address import UnixAddress
 from dirtylog.units import MIB
 
 _POLL_SECONDS: Final = 0.1
@@ -72,6 +73,11 @@ _ENDED: Final = frozenset({"completed", "failed", "cancelled"})
     metavar="RATE",
     help="Let no vCPU write more than that while the guest dirties memory too fast; whole MiB/s. For --dirty-log ring.",
 )
+@click.option(
+    "--local",
+    is_flag=True,
+    help="Hand memory over to a process on this host without copying it, whatever its size; for unix:PATH.",
+)
 @click.option("--verify", is_flag=True, help="Compare a digest of all memory on both sides before the guest moves.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON, and no progress.")
 def command(
@@ -87,6 +93,7 @@ def command(
     switchover_bandwidth: int,
     auto_converge: bool,
     dirty_limit: int | None,
+    local: bool,
     verify: bool,
     as_json: bool,
 ) -> None:
@@ -95,13 +102,16 @@ def command(
     URI is what the other side was given with 'dirtylog run --incoming': unix:PATH or tcp:HOST:PORT. The guest runs on
     meanwhile, and stays where it is if this fails, or is ended with Ctrl-C.
     """
-    parse_address(uri)
+    address = parse_address(uri)
+    if local:
+        _check_local(address, channels)
     parameters = Parameters(
         downtime_limit=max_downtime,
         max_bandwidth=bandwidth,
         switchover_bandwidth=switchover_bandwidth,
         clear_chunk=clear_chunk,
         verify=verify,
+        share_memory=local,
         channels=channels,
         compression=Compression(compression),
         delta_cache=delta_cache,
@@ -116,6 +126,13 @@ def command(
         click.echo(msgspec.json.format(msgspec.json.encode(info)).decode())
     else:
         console.print(report(info))
+
+
+def _check_local(address: Address, channels: int) -> None:
+    if channels > 1:
+        raise UsageError("--local needs no further channels", remedy="leave one of them out")
+    if not isinstance(address, UnixAddress):
+        raise UsageError(f"--local cannot hand memory over at {address}", remedy="use unix:PATH on both sides")
 
 
 def _slowdown(dirty_limit: int | None, *, auto_converge: bool) -> dict[str, Any]:
@@ -142,6 +159,7 @@ def _begin(qmp: QMPClient, uri: str, parameters: Parameters) -> None:
         values["vcpu_dirty_limit"] = parameters.vcpu_dirty_limit
     qmp.execute(
         "migrate-set-parameters",
+        mode="cpr-transfer" if parameters.share_memory else "normal",
         downtime_limit=round(parameters.downtime_limit * 1000),
         max_bandwidth=parameters.max_bandwidth,
         avail_switchover_bandwidth=parameters.switchover_bandwidth,

@@ -68,7 +68,8 @@ def report(info: MigrationInfo) -> RenderableType:
     throttle = max((one.throttle for one in info.x_passes), default=0)
     if throttle:
         totals.append(("highest throttle", f"{throttle} %"))
-    parts: list[RenderableType] = [_passes(info.x_passes), Text(), _facts(*totals)]
+    whole = Text("memory was handed over whole, and not copied")
+    parts: list[RenderableType] = [_passes(info.x_passes) if info.x_passes else whole, Text(), _facts(*totals)]
     if info.x_downtime_parts is not None:
         parts += [Text("\nthe downtime went by as"), _facts(*_downtime_parts(info.x_downtime_parts))]
     if info.x_ways.keys() - {_PLAIN}:

@@ -3,7 +3,8 @@
 Names, arguments and results are QEMU's, with these differences. ``multifd-compression`` allows zstd, on however many
 channels there are, where it saves time; batch by batch that is chosen here. ``xbzrle`` sends differences, which zstd
 encodes; it works together with ``multifd``, and its cache need not be a power of two. ``events`` is about
-MIGRATION_PASS only: MIGRATION is always told.
+MIGRATION_PASS only: MIGRATION is always told. Of the modes, ``cpr-transfer`` shares the memory with the destination; it
+needs no second channel, and both sides are started as for any other migration.
 """
 
 from typing import Annotated, Any, Final, Literal
@@ -64,6 +65,7 @@ class MigrationParameters(Arguments, frozen=True, omit_defaults=True):
     `Parameters` has the bounds; those here are QEMU's, and keep what is no reasonable number out of arithmetic.
     """
 
+    mode: Literal["normal", "cpr-transfer"] | UnsetType = UNSET
     downtime_limit: Annotated[int, Meta(ge=0, le=2_000_000)] | UnsetType = UNSET
     max_bandwidth: Annotated[int, Meta(ge=0)] | UnsetType = UNSET
     avail_switchover_bandwidth: Annotated[int, Meta(ge=0)] | UnsetType = UNSET
@@ -144,6 +146,8 @@ class MigrationCommands:
             changes["downtime_limit"] = wanted.downtime_limit * _MILLISECOND
         if not isinstance(wanted.x_vcpu_dirty_limit_period, UnsetType):
             changes["dirty_limit_period"] = wanted.x_vcpu_dirty_limit_period * _MILLISECOND
+        if not isinstance(wanted.mode, UnsetType):
+            changes["share_memory"] = wanted.mode == "cpr-transfer"
         if not isinstance(wanted.multifd_compression, UnsetType):
             changes["compression"] = _COMPRESSIONS[wanted.multifd_compression]
         self._controller.change_parameters(**changes)
@@ -151,6 +155,7 @@ class MigrationCommands:
     def _query_parameters(self, _: NoArguments) -> MigrationParameters:
         now = self._controller.settings.parameters
         return MigrationParameters(
+            mode="cpr-transfer" if now.share_memory else "normal",
             downtime_limit=ms(now.downtime_limit),
             multifd_compression="none" if now.compression is Compression.NONE else "zstd",
             x_vcpu_dirty_limit_period=ms(now.dirty_limit_period),

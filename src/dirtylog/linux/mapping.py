@@ -20,6 +20,7 @@ _MADV_POPULATE_WRITE = 23
 _FALLOC_FL_KEEP_SIZE = 1
 _FALLOC_FL_PUNCH_HOLE = 2
 _F_ADD_SEALS = 1033
+_F_GET_SEALS = 1034
 _F_SEAL_SHRINK = 2
 _F_SEAL_GROW = 4
 
@@ -55,11 +56,38 @@ def _map_aligned(fd: int, size: int) -> memoryview:
     room = mmap.mmap(-1, size + HUGE_PAGE_SIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE)
     start = np.frombuffer(room, np.uint8).ctypes.data
     skip = -start % HUGE_PAGE_SIZE
-    mapped = _libc.mmap(start + skip, size, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_SHARED | _MAP_FIXED, fd, 0)
-    if mapped != start + skip:
+    _map_at(start + skip, size, fd)
+    return memoryview(room)[skip : skip + size]
+
+
+def _map_at(address: int, size: int, fd: int) -> None:
+    """Map a file in place of whatever is there."""
+    mapped = _libc.mmap(address, size, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_SHARED | _MAP_FIXED, fd, 0)
+    if mapped != address:
         code = ctypes.get_errno()
         raise OSError(code, os.strerror(code))
-    return memoryview(room)[skip : skip + size]
+
+
+def _sealed_memfd(name: str, size: int) -> int:
+    """A memfd that nobody can make shorter or longer."""
+    try:
+        fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    except OSError as error:
+        raise kernel_error("memfd_create", error) from error
+    try:
+        os.ftruncate(fd, size)
+        fcntl.fcntl(fd, _F_ADD_SEALS, _F_SEAL_SHRINK | _F_SEAL_GROW)
+    except (OSError, OverflowError, ValueError) as error:
+        os.close(fd)
+        raise _cannot_map(size, error) from error
+    return fd
+
+
+def _cannot_map(size: int, error: Exception) -> HostError:
+    return HostError(
+        f"the host cannot map {format_size(size)} of memory ({error})",
+        remedy="ask for less, or raise the limits shown by 'ulimit -v' and /proc/sys/vm/overcommit_memory",
+    )
 
 
 def _check(call: str, result: int) -> None:
@@ -162,20 +190,12 @@ class MemfdMapping(_Mapped):
             )
         self.size = size
         self._has_huge_pages = True
+        self.fd = _sealed_memfd(name, size)
         try:
-            self.fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        except OSError as error:
-            raise kernel_error("memfd_create", error) from error
-        try:
-            os.ftruncate(self.fd, size)
-            fcntl.fcntl(self.fd, _F_ADD_SEALS, _F_SEAL_SHRINK | _F_SEAL_GROW)
             self._memory = _map_aligned(self.fd, size)
         except (OSError, OverflowError, ValueError) as error:
             self.close()
-            raise HostError(
-                f"the host cannot map {format_size(size)} of memory ({error})",
-                remedy="ask for less, or raise the limits shown by 'ulimit -v' and /proc/sys/vm/overcommit_memory",
-            ) from error
+            raise _cannot_map(size, error) from error
         self.address = int(self.array.ctypes.data)
 
     def close(self) -> None:
@@ -205,6 +225,57 @@ class MemfdMapping(_Mapped):
             if error.errno == errno.ENXIO:  # no data from here to the end of the file
                 return end
             raise kernel_error("lseek SEEK_DATA", error) from error
+
+    def adopt(self, fd: int) -> None:
+        """Take over another memfd in place of the own, at the same address; its descriptor is owned here from now on.
+
+        What was here is gone. Arrays and memoryviews of the memory show the other's contents from then on, and so do
+        guests that have it mapped.
+
+        Raises:
+            UsageError: it is no memfd of the same size, or somebody could make it shorter, or it cannot be written. It
+                stays the caller's.
+            HostError: the host cannot map it. It stays the caller's.
+            ClosedError: this was closed. It stays the caller's.
+        """
+        if self._memory is None:
+            raise ClosedError("this memory was closed")
+        try:
+            size, seals = os.fstat(fd).st_size, fcntl.fcntl(fd, _F_GET_SEALS)
+        except OSError as error:
+            raise UsageError(f"the file to be mapped is no memfd: {error.strerror}") from error
+        if size != self.size or not seals & _F_SEAL_SHRINK:
+            raise UsageError(f"the memfd of {size} bytes cannot stand in for {self.size} that cannot shrink")
+        try:
+            _map_at(self.address, self.size, fd)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EPERM):  # opened for reading only, or sealed against writes
+                raise UsageError("the memfd cannot be written") from error
+            raise _cannot_map(self.size, error) from error
+        self.fd, own = fd, self.fd
+        if own >= 0:
+            os.close(own)
+
+    def renew(self) -> None:
+        """Have empty memory in place of what is here. Others who have that mapped keep it to themselves.
+
+        Works with no descriptor left, too.
+
+        Raises:
+            HostError: the host cannot map it. What is here stays, but is no file's any more.
+            ClosedError: this was closed.
+        """
+        if self._memory is None:
+            raise ClosedError("this memory was closed")
+        own, self.fd = self.fd, -1
+        if own >= 0:
+            os.close(own)
+        fd = _sealed_memfd("dirtylog-renewed", self.size)
+        try:
+            self.adopt(fd)
+        except HostError:
+            os.close(fd)
+            raise
 
     def part(self, start: int, end: int) -> Contents:
         """[start, end), as memory and as a part of the memfd, for whoever can send the one or the other."""

@@ -1,5 +1,6 @@
-"""Socket options that Python has no names for."""
+"""What Python's sockets have no words for."""
 
+import array
 import socket
 import struct
 from typing import Final
@@ -32,3 +33,18 @@ def set_timeouts(sock: socket.socket, seconds: float) -> None:
     timeval = struct.pack("qq", int(seconds), int(seconds % 1 * 1_000_000))
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, timeval)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeval)
+
+
+def receive_files(sock: socket.socket, size: int, count: int) -> tuple[bytes, list[int], bool]:
+    """At most ``size`` bytes, at most ``count`` descriptors that came with them, and whether some were lost.
+
+    The descriptors are the caller's to close, and not inherited by the programs that this process starts: with
+    Python's recv_fds they would be, since it does not pass its flags on (3.11).
+    """
+    files = array.array("i")
+    space = socket.CMSG_LEN(count * files.itemsize)
+    data, ancillary, flags, _ = sock.recvmsg(size, space, socket.MSG_CMSG_CLOEXEC)
+    for level, kind, content in ancillary:
+        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+            files.frombytes(content[: len(content) - len(content) % files.itemsize])
+    return data, files.tolist(), bool(flags & socket.MSG_CTRUNC)

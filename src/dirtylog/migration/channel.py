@@ -5,13 +5,13 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Final, Self, TypeVar
 
 from dirtylog.errors import CancelledError, DirtylogError, DisconnectedError, HostError, ProtocolError, RefusedError
 from dirtylog.linux.mapping import Contents, FilePart, memory_of
 from dirtylog.linux.socketfile import SocketFile
-from dirtylog.linux.sockets import keep_alive, set_buffers, set_timeouts
+from dirtylog.linux.sockets import keep_alive, receive_files, set_buffers, set_timeouts
 from dirtylog.linux.wakeup import Waiter, Wakeup
 from dirtylog.migration.address import Address, TCPAddress, UnixAddress
 from dirtylog.migration.messages import MAX_CHANNELS, Failed, Message
@@ -26,6 +26,8 @@ STALL_TIMEOUT: Final = 30.0
 _IOV_MAX: Final = 1024
 _FILE_SIZE: Final = 64 * KIB
 """Shorter parts of files are sent faster as memory, many in one call."""
+_WITH_FILES: Final = b"F"
+"""The byte that descriptors travel with."""
 _DRAIN_SECONDS: Final = 2.0
 
 _M = TypeVar("_M", bound=Message)
@@ -102,6 +104,35 @@ class Channel:
         offset, end = part.offset, part.offset + len(part.memory)
         while offset < end:
             offset += os.sendfile(self._socket.fileno(), part.fd, offset, end - offset)
+
+    @property
+    def passes_files(self) -> bool:
+        """Whether descriptors can be sent: over Unix sockets."""
+        return self._socket.family == socket.AF_UNIX
+
+    def send_files(self, files: Sequence[int]) -> None:
+        """Send descriptors, right after the message that announces them."""
+        with self._io():
+            socket.send_fds(self._socket, [_WITH_FILES], files)
+
+    def receive_files(self, count: int) -> list[int]:
+        """That many descriptors, right after the message that announces them. They are the caller's to close.
+
+        Raises:
+            ProtocolError: they did not come, or others.
+        """
+        with self._io():
+            data, files, lost = receive_files(self._socket, len(_WITH_FILES), count)
+        if not data:
+            raise self._ended()
+        if data != _WITH_FILES or len(files) != count or lost:
+            for file in files:
+                os.close(file)
+            raise ProtocolError(
+                f"the {self.peer} announced {count} files, and sent {len(files)}",
+                remedy="see whether this process may open more, with 'ulimit -n'",
+            )
+        return files
 
     def receive(self) -> Message:
         """The next message; the payload of `Pages` is to be fetched with `receive_into`."""

@@ -18,6 +18,7 @@ from dirtylog.errors import (
 )
 from dirtylog.linux.process import ProcessName
 from dirtylog.machine import Machine, RunState
+from dirtylog.migration import sharing
 from dirtylog.migration.channel import HANDSHAKE_TIMEOUT, Channel, Listener
 from dirtylog.migration.digest import block_digest
 from dirtylog.migration.filler import Filler, SideFiller
@@ -110,19 +111,41 @@ class IncomingMigration:
     def _receive(self, channel: Channel) -> None:
         hello = channel.expect(Hello)
         self._welcome(channel, hello)
-        with self._side_channels(channel, hello) as sides:
+        if hello.shared:
+            state = self._receive_shared(channel)
+        else:
+            with self._side_channels(channel, hello) as sides:
+                channel.set_timeout(0)
+                message = self._fill(channel, sides)
+            state = self._prepare(channel, message)
+        # The source has let go for good: if it is gone by now, the guest runs here all the same.
+        with contextlib.suppress(DisconnectedError):
+            channel.send(Taken())
+        self._machine.release(RunState.RUNNING if state.running else RunState.PAUSED)
+
+    def _receive_shared(self, channel: Channel) -> State:
+        """Use the source's own memory, unless it is not handed over in the end."""
+        self._listener.close()
+        self._preparer.join()
+        try:
+            sharing.take(channel, self._machine.memory)
             channel.set_timeout(0)
-            message = self._fill(channel, sides)
+            return self._prepare(channel, channel.expect(Digests) if self._verify else channel.expect(State))
+        except BaseException:
+            sharing.let_go(self._machine.memory)
+            raise
+
+    def _prepare(self, channel: Channel, message: Digests | State) -> State:
+        """Load what is not memory, and wait until the guest is handed over."""
         state = self._compare(channel, message) if isinstance(message, Digests) else message
         self._load(state)
         channel.send(Ready(self._digests, self._verify_ns))
         channel.expect(Handover)
         with self._lock:
+            if self._aborted:  # the source can hear no Taken any more: it must not find that the guest ran here
+                raise CancelledError("waiting for a migration was cancelled")
             self._channels.clear()
-        # The source has let go for good: if it is gone by now, the guest runs here all the same.
-        with contextlib.suppress(CancelledError, DisconnectedError):
-            channel.send(Taken())
-        self._machine.release(RunState.RUNNING if state.running else RunState.PAUSED)
+        return state
 
     def _fill(self, channel: Channel, sides: Sequence[SideFiller]) -> Digests | State:
         """Take what comes on the main channel, until memory is complete."""
@@ -164,6 +187,8 @@ class IncomingMigration:
                 f"the source's memory is {_describe(hello.blocks)}, this machine's is {_describe(own)}",
                 remedy="start both sides with the same --memory",
             )
+        if hello.shared and (hello.channels > 1 or not channel.passes_files):
+            raise ProtocolError("the source wants to share its memory on a connection that cannot do that")
         self._verify = hello.verify
         name = ProcessName.own()
         channel.send(Welcome(name.boot_id, name.pid, name.start_time))

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from dirtylog.errors import ProtocolError
 from dirtylog.units import PAGE_SIZE
 
-VERSION: Final = 2
+VERSION: Final = 3
 MAGIC: Final = b"DIRTYLOG"
 PREAMBLE: Final = struct.Struct("<8sI")
 """Each side's first bytes: magic, version. Everything after them belongs to that version."""
@@ -31,6 +31,9 @@ MAX_RUNS: Final = 1 << 16
 
 MAX_CHANNELS: Final = 64
 """The most connections of one migration."""
+
+MAX_FILES: Final = 253
+"""The most descriptors that one message may carry over a Unix socket: SCM_MAX_FD."""
 
 Runs = npt.NDArray[np.int64]
 """Page runs, shape (n, 2): first page and count, ascending and disjoint."""
@@ -58,6 +61,7 @@ class Hello(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Source: what is coming. ``verify``: digests are compared at the switchover.
 
     ``channels``: how many connections there will be, this one included; the others name the ``session``.
+    ``shared``: the destination is given the memory itself, by its files' descriptors.
     """
 
     TYPE: ClassVar[int] = 1
@@ -66,6 +70,7 @@ class Hello(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     verify: bool
     channels: Annotated[int, msgspec.Meta(ge=1, le=MAX_CHANNELS)]
     session: Session
+    shared: bool
 
 
 class Welcome(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -156,6 +161,13 @@ class Joined(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     TYPE: ClassVar[int] = 15
 
 
+class Shared(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Source: one byte follows, with the descriptors of the blocks' files, in the order of the blocks (unix(7))."""
+
+    TYPE: ClassVar[int] = 16
+    files: Annotated[int, msgspec.Meta(ge=1, le=MAX_FILES)]
+
+
 class _RunTable:
     """Runs of pages of one block, by its number in `Hello`."""
 
@@ -239,13 +251,17 @@ class ZeroPages(_RunTable):
     __slots__ = ()
 
 
-Packed = Hello | Welcome | PassEnd | PassDone | Digests | State | Ready | Handover | Taken | Failed | Join | Joined
+Packed = (
+    Hello | Welcome | PassEnd | PassDone | Digests | State | Ready | Handover | Taken | Failed | Join | Joined | Shared
+)
 RunTable = Pages | ZeroPages | EncodedPages
 Message = Packed | RunTable
 
 _PACKED: Final = {
     kind.TYPE: kind
-    for kind in (Hello, Welcome, PassEnd, PassDone, Digests, State, Ready, Handover, Taken, Failed, Join, Joined)
+    for kind in (
+        *(Hello, Welcome, PassEnd, PassDone, Digests, State, Ready, Handover, Taken, Failed, Join, Joined, Shared),
+    )
 }
 _RUN_TABLES: Final = {kind.TYPE: kind for kind in (Pages, ZeroPages, EncodedPages)}
 MESSAGES: Final[dict[int, type[Message]]] = {**_PACKED, **_RUN_TABLES}

@@ -6,8 +6,9 @@ guest here, and the destination, which was never told, does not start it.
 
 After the handover the source cannot know, if the connection ends before ``Taken``, whether the destination runs the
 guest. Two running copies would be worse than none, so it does not guess: it takes the guest back only if the
-destination says that it gave up, or if the destination's process is known to have ended, which can be seen where both
-are on one host. Otherwise the guest stays stopped here and the operator, who can look at the destination, decides.
+destination says that it gave up, or if the destination's process is known to have ended without having said ``Taken``,
+which can be seen where both are on one host. Otherwise the guest stays stopped here and the operator, who can look at
+the destination, decides.
 """
 
 import os
@@ -20,6 +21,7 @@ from typing import Final
 from dirtylog.errors import CancelledError, DirtylogError, DisconnectedError, InDoubtError, ProtocolError, RefusedError
 from dirtylog.linux.process import ProcessName
 from dirtylog.machine import DirtyLimit, Machine, RunState
+from dirtylog.migration import sharing
 from dirtylog.migration.address import Address
 from dirtylog.migration.channel import STALL_TIMEOUT, Channel, connect
 from dirtylog.migration.digest import block_digest
@@ -53,7 +55,7 @@ class OutgoingMigration:
         error: why it failed, if it did.
 
     Raises:
-        UsageError: the machine cannot be slowed down as the parameters want.
+        UsageError: the machine cannot be slowed down, or its memory not be shared, as the parameters want.
     """
 
     def __init__(
@@ -78,6 +80,8 @@ class OutgoingMigration:
         self._cancelled = threading.Event()
         self._let_go = False
         self._came_back = False
+        if parameters.share_memory:
+            sharing.check(machine.memory, address, parameters.channels)
         self._governor = Governor(machine, self.statistics, parameters.slowdown)
         self._session = os.urandom(16)
         self._channels: list[Channel] = []
@@ -169,6 +173,9 @@ class OutgoingMigration:
     def _migrate(self, channel: Channel) -> None:
         try:
             destination = self._agree(channel)
+            if self.agreed.share_memory:
+                self._share(channel, destination)
+                return
             channels = [channel, *(self._joined() for _ in range(1, self.agreed.channels))]
             for each in channels:
                 each.set_timeout(STALL_TIMEOUT)
@@ -193,7 +200,7 @@ class OutgoingMigration:
         try:
             with self._governor:
                 self._send_while_running(precopy)
-                self._switch_over(channels[0], precopy, destination)
+                self._switch_over(channels[0], destination, send_rest=lambda: self._send_rest(precopy))
         except BaseException:
             if len(channels) > 1:  # their threads may wait for the destination, which may have last words
                 for each in channels:
@@ -202,6 +209,14 @@ class OutgoingMigration:
         finally:
             precopy.stop()
             lanes.close()
+
+    def _share(self, channel: Channel, destination: ProcessName) -> None:
+        memory = self._machine.memory
+        sharing.offer(channel, memory)
+        channel.set_timeout(STALL_TIMEOUT)
+        self.statistics.setup_seconds = time.monotonic() - self._began
+        self._enter(Status.ACTIVE)
+        self._switch_over(channel, destination, let_go=lambda: sharing.let_go(memory))
 
     def _agree(self, channel: Channel) -> ProcessName:
         blocks = self._machine.memory.blocks.values()
@@ -213,6 +228,7 @@ class OutgoingMigration:
                 self.agreed.verify,
                 self.agreed.channels,
                 self._session,
+                self.agreed.share_memory,
             )
         )
         welcome = channel.expect(Welcome)
@@ -234,8 +250,20 @@ class OutgoingMigration:
             self._observe_pass(self.statistics.pass_count + 1)
         precopy.send_pass(paced=paced)
 
-    def _switch_over(self, channel: Channel, precopy: Precopy, destination: ProcessName) -> None:
-        """Stop the guest, send the rest, hand over.
+    def _send_rest(self, precopy: Precopy) -> None:
+        precopy.sync(last_stage=True)
+        self._send_pass(precopy, paced=False)
+        self.statistics.downtime_bytes = self.statistics.passes[-1].bytes
+
+    def _switch_over(
+        self,
+        channel: Channel,
+        destination: ProcessName,
+        *,
+        send_rest: Callable[[], None] = lambda: None,
+        let_go: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Stop the guest, send the rest, hand over; let go of what the destination has now.
 
         Whatever goes wrong before the guest is let go brings it back; after that only proof that it is nowhere else.
         """
@@ -244,18 +272,17 @@ class OutgoingMigration:
         try:
             moments.append(time.monotonic())
             self._enter(Status.DEVICE)
-            precopy.sync(last_stage=True)
-            self._send_pass(precopy, paced=False)
-            self.statistics.downtime_bytes = self.statistics.passes[-1].bytes
+            send_rest()
             moments.append(time.monotonic())
             self._send_state(channel, running=before is RunState.RUNNING)
             moments.append(time.monotonic() - self.statistics.verify_seconds)
             self._hand_over(channel, destination)
+            moments.append(time.monotonic() - self.statistics.verify_seconds)
+            let_go()
         except BaseException:
             gone = self._let_go and not self._came_back
             self._machine.release(RunState.POSTMIGRATE if gone else before)
             raise
-        moments.append(time.monotonic() - self.statistics.verify_seconds)
         self.statistics.downtime = moments[-1] - moments[0]
         self.statistics.downtime_parts = DowntimeParts(*(end - start for start, end in pairwise(moments)))
         self._machine.release(RunState.POSTMIGRATE)
@@ -296,13 +323,30 @@ class OutgoingMigration:
             self._came_back = True
             raise
         except (DisconnectedError, ProtocolError) as error:
-            if destination.is_gone(_GONE_TIMEOUT):
-                self._came_back = True
+            if not destination.is_gone(_GONE_TIMEOUT):
+                raise InDoubtError(
+                    "the connection ended after the guest was handed over, before the destination confirmed that it"
+                    " runs",
+                    remedy="look at the destination: if it never will run the guest, 'cont' runs it here again",
+                ) from error
+            if not self._was_taken(channel):
                 raise
-            raise InDoubtError(
-                "the connection ended after the guest was handed over, before the destination confirmed that it runs",
-                remedy="look at the destination: if it never will run the guest, 'cont' runs it here again",
-            ) from error
+
+    def _was_taken(self, channel: Channel) -> bool:
+        """Whether a destination that is gone said that it starts the guest, after it was no longer waited for.
+
+        If not, the guest comes back.
+        """
+        channel.set_timeout(_GONE_TIMEOUT)
+        try:
+            channel.expect(Taken)
+        except RefusedError:
+            self._came_back = True
+            raise
+        except DirtylogError:  # nothing, or nothing whole
+            self._came_back = True
+            return False
+        return True
 
     def _enter(self, status: Status) -> None:
         with self._lock:

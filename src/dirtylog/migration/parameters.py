@@ -42,6 +42,7 @@ class Parameters:
             whole 64-page words.
         verify: compare a digest of every block at the switchover. That takes time with the guest stopped, which is
             reported apart from the downtime.
+        share_memory: hand the memory over by its files' descriptors, to a process on this host, and copy nothing.
         channels: parallel connections.
         compression: whether zstd may be used where it saves time.
         delta_cache: bytes of copies kept of what was sent, so that what changed a little is sent as a difference, where
@@ -57,7 +58,9 @@ class Parameters:
         UsageError: a value is out of range.
     """
 
-    AGREED: ClassVar = frozenset({"clear_chunk", "verify", "channels", "compression", "delta_cache", "slowdown"})
+    AGREED: ClassVar = frozenset(
+        {"clear_chunk", "verify", "share_memory", "channels", "compression", "delta_cache", "slowdown"}
+    )
     """What cannot change any more once a migration has begun."""
 
     downtime_limit: float = 0.3
@@ -65,6 +68,7 @@ class Parameters:
     switchover_bandwidth: int = 0
     clear_chunk: int = 128 * MIB
     verify: bool = False
+    share_memory: bool = False
     channels: int = 1
     compression: Compression = Compression.NONE
     delta_cache: int = 0

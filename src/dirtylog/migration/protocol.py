@@ -10,8 +10,9 @@ sender of half of the messages. A message that the table does not allow is an er
     STREAMING    Pages, EncodedPages, ZeroPages  memory
     STREAMING    PassEnd    → PASS_ENDED     ... of one pass
     PASS_ENDED   PassDone   → STREAMING      destination has it all
-    STREAMING    Digests    → DIGESTED       if they were agreed on
-    STREAMING    State      → STATE_SENT     the guest stands still
+    STREAMING    Shared     → SHARED         memory itself
+    STREAMING    Digests    → DIGESTED       if they were agreed on; SHARED likewise
+    STREAMING    State      → STATE_SENT     the guest stands still; SHARED likewise
     DIGESTED     State      → STATE_SENT
     STATE_SENT   Ready      → READY          destination could run it
     READY        Handover   → HANDED_OVER    source let go
@@ -45,6 +46,7 @@ from dirtylog.migration.messages import (
     PassDone,
     PassEnd,
     Ready,
+    Shared,
     State,
     Taken,
     Welcome,
@@ -69,6 +71,7 @@ class Stage(Enum):
     OFFERED = auto()
     STREAMING = auto()
     PASS_ENDED = auto()
+    SHARED = auto()
     DIGESTED = auto()
     STATE_SENT = auto()
     READY = auto()
@@ -88,8 +91,9 @@ TRANSITIONS: Final[dict[tuple[Stage, type[Message]], Stage]] = {
     **{(Stage.STREAMING, kind): Stage.STREAMING for kind in _MEMORY},
     (Stage.STREAMING, PassEnd): Stage.PASS_ENDED,
     (Stage.PASS_ENDED, PassDone): Stage.STREAMING,
-    (Stage.STREAMING, Digests): Stage.DIGESTED,
-    (Stage.STREAMING, State): Stage.STATE_SENT,
+    (Stage.STREAMING, Shared): Stage.SHARED,
+    **{(stage, Digests): Stage.DIGESTED for stage in (Stage.STREAMING, Stage.SHARED)},
+    **{(stage, State): Stage.STATE_SENT for stage in (Stage.STREAMING, Stage.SHARED)},
     (Stage.DIGESTED, State): Stage.STATE_SENT,
     (Stage.STATE_SENT, Ready): Stage.READY,
     (Stage.READY, Handover): Stage.HANDED_OVER,
@@ -103,7 +107,7 @@ TRANSITIONS: Final[dict[tuple[Stage, type[Message]], Stage]] = {
 }
 
 SENDERS: Final[dict[type[Message], frozenset[Role]]] = {
-    **dict.fromkeys((Hello, *_MEMORY, PassEnd, Digests, State, Handover, Join), frozenset({Role.SOURCE})),
+    **dict.fromkeys((Hello, *_MEMORY, PassEnd, Shared, Digests, State, Handover, Join), frozenset({Role.SOURCE})),
     **dict.fromkeys((Welcome, PassDone, Ready, Taken, Joined), frozenset({Role.DESTINATION})),
     Failed: frozenset(Role),
 }
