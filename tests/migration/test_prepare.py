@@ -1,6 +1,8 @@
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from mmap import mmap
 
+import numpy as np
+import numpy.typing as npt
 import pytest
 
 from dirtylog.errors import HostError, KernelError
@@ -22,8 +24,12 @@ def blocks(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[RAMBlock]]:
         block.close()
 
 
+def _flags(blocks: Sequence[RAMBlock]) -> list[npt.NDArray[np.bool_]]:
+    return [np.zeros(-(-block.size // HUGE_PAGE_SIZE), np.bool_) for block in blocks]
+
+
 def _run(blocks: list[RAMBlock]) -> None:
-    preparer = Preparer(blocks)
+    preparer = Preparer(blocks, _flags(blocks))
     preparer.start()
     preparer.join()
 
@@ -51,8 +57,17 @@ def test_at_most_half_of_what_is_free_is_taken(blocks: list[RAMBlock], monkeypat
     assert [_stored(block) for block in blocks] == [2 * HUGE_PAGE_SIZE, 0]
 
 
+def test_what_is_ready_is_flagged(blocks: list[RAMBlock], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prepare_module, "available_memory", lambda: 5 * HUGE_PAGE_SIZE)
+    ready = _flags(blocks)
+    preparer = Preparer(blocks, ready)
+    preparer.start()
+    preparer.join()
+    assert [flags.tolist() for flags in ready] == [[True, True, False, False], [False]]
+
+
 def test_it_ends_when_it_is_told_to(blocks: list[RAMBlock], monkeypatch: pytest.MonkeyPatch) -> None:
-    preparer = Preparer(blocks)
+    preparer = Preparer(blocks, _flags(blocks))
     made: list[int] = []
 
     def stop(_: MemfdMapping, start: int) -> bool:
@@ -88,7 +103,7 @@ def test_host_that_does_not_let_it_costs_nothing(
 
 
 def test_what_arrives_meanwhile_stays(blocks: list[RAMBlock]) -> None:
-    preparer = Preparer(blocks)
+    preparer = Preparer(blocks, _flags(blocks))
     preparer.start()
     blocks[0].array[::PAGE_SIZE] = 9
     preparer.join()
@@ -104,7 +119,7 @@ def test_memory_of_the_caller_keeps_its_contents(blocks: list[RAMBlock]) -> None
 
 
 def test_one_that_was_not_started_can_be_joined(blocks: list[RAMBlock]) -> None:
-    preparer = Preparer(blocks)
+    preparer = Preparer(blocks, _flags(blocks))
     preparer.stop()
     preparer.join()
     assert [_stored(block) for block in blocks] == [0, 0]

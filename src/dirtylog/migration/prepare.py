@@ -7,8 +7,11 @@ is given back as it would be anyway (M4).
 
 import contextlib
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Final
+
+import numpy as np
+import numpy.typing as npt
 
 from dirtylog.errors import HostError, KernelError
 from dirtylog.linux.host import available_memory
@@ -24,10 +27,15 @@ class Preparer:
 
     Contents are not touched, so the blocks may be filled meanwhile. Where the host does not let it, it does nothing:
     what is not ready is made ready as it arrives.
+
+    Args:
+        blocks: what is to be populated, in this order.
+        ready: for each block, a flag for each `HUGE_PAGE_SIZE` of it, set here once that is populated.
     """
 
-    def __init__(self, blocks: Sequence[RAMBlock]) -> None:
+    def __init__(self, blocks: Sequence[RAMBlock], ready: Sequence[npt.NDArray[np.bool_]]) -> None:
         self._blocks = blocks
+        self._ready = ready
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, name="prepare", daemon=True)
 
@@ -47,14 +55,12 @@ class Preparer:
     def _run(self) -> None:
         with contextlib.suppress(HostError, KernelError):  # no memory, no such call, or nobody tells what is free
             left = available_memory() // _SHARE
-            for block, start, size in self._pieces():
-                left -= size
-                if left < 0 or self._stopped.is_set():
-                    return
-                if not block.mapping.make_huge(start):
-                    block.mapping.populate(start, size)
-
-    def _pieces(self) -> Iterator[tuple[RAMBlock, int, int]]:
-        for block in self._blocks:
-            for start in range(0, block.size, HUGE_PAGE_SIZE):
-                yield block, start, min(HUGE_PAGE_SIZE, block.size - start)
+            for block, ready in zip(self._blocks, self._ready, strict=True):
+                for index, start in enumerate(range(0, block.size, HUGE_PAGE_SIZE)):
+                    size = min(HUGE_PAGE_SIZE, block.size - start)
+                    left -= size
+                    if left < 0 or self._stopped.is_set():
+                        return
+                    if not block.mapping.make_huge(start):
+                        block.mapping.populate(start, size)
+                    ready[index] = True
