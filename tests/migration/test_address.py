@@ -4,7 +4,7 @@ from hypothesis import strategies as st
 
 from dirtylog.errors import UsageError
 from dirtylog.linux.socketfile import MAX_PATH
-from dirtylog.migration.address import TCPAddress, UnixAddress, parse_address
+from dirtylog.migration.address import Address, FileAddress, TCPAddress, UnixAddress, parse_address
 
 
 @pytest.mark.parametrize(
@@ -17,9 +17,10 @@ from dirtylog.migration.address import TCPAddress, UnixAddress, parse_address
         ("tcp:127.0.0.1:0", TCPAddress("127.0.0.1", 0)),
         ("tcp:[::1]:65535", TCPAddress("::1", 65535)),
         ("tcp:host.example.org:1", TCPAddress("host.example.org", 1)),
+        ("file:/tmp/x:y", FileAddress("/tmp/x:y")),  # noqa: S108 - not opened
     ],
 )
-def test_uri_is_understood_and_shown_again(uri: str, address: UnixAddress | TCPAddress) -> None:
+def test_uri_is_understood_and_shown_again(uri: str, address: Address) -> None:
     assert parse_address(uri) == address
     assert str(address) == uri
 
@@ -44,6 +45,8 @@ def test_uri_is_understood_and_shown_again(uri: str, address: UnixAddress | TCPA
         "tcp:" + "x" * 64 + ":1",
         "tcp:zero\0byte:1",
         "udp:host:1",
+        "file:",
+        "file:zero\0byte",
         "exec:cat",
         "UNIX:/tmp/x",
     ],
@@ -51,7 +54,7 @@ def test_uri_is_understood_and_shown_again(uri: str, address: UnixAddress | TCPA
 def test_what_is_no_address_is_refused_with_what_would_be_one(uri: str) -> None:
     with pytest.raises(UsageError, match="is not a migration address") as caught:
         parse_address(uri)
-    assert caught.value.remedy == "write unix:PATH or tcp:HOST:PORT"
+    assert caught.value.remedy == "write unix:PATH, tcp:HOST:PORT or file:PATH"
 
 
 @pytest.mark.parametrize("path", ["", "x" * (MAX_PATH + 1), "zero\0byte"])

@@ -61,6 +61,7 @@ from dirtylog.migration.messages import (
     Handover,
     Hello,
     Pages,
+    PassDone,
     PassEnd,
     Ready,
     Shared,
@@ -443,6 +444,7 @@ def memory() -> Iterator[list[MemfdMapping]]:
 def _share(source: Channel, memory: list[MemfdMapping]) -> None:
     source.send(Shared(len(memory)))
     source.send_files([mapping.fd for mapping in memory])
+    source.expect(PassDone)
 
 
 def test_memory_that_is_shared_is_the_guests_once_it_is_handed_over(

@@ -390,7 +390,12 @@ _SHARED = Parameters(verify=True, share_memory=True)
 
 def _for_shared(recording: Recording) -> tuple[Piece, ...]:
     """What a destination says where memory is shared."""
-    return tuple(one for one in recording.destination if one.name != "PassDone")
+    return _one_pass_done(recording.destination)
+
+
+def _one_pass_done(pieces: tuple[Piece, ...]) -> tuple[Piece, ...]:
+    index = first(pieces, "PassDone")
+    return (*pieces[: index + 1], *(one for one in pieces[index + 1 :] if one.name != "PassDone"))
 
 
 def test_whole_stream_takes_the_guest_away_with_its_memory(
@@ -404,7 +409,7 @@ def test_whole_stream_takes_the_guest_away_with_its_memory(
     assert not any(block.array.any() for block in guest.memory.blocks.values())
 
 
-@pytest.mark.parametrize("name", ["preamble", "Welcome", "Ready", "Taken"])
+@pytest.mark.parametrize("name", ["preamble", "Welcome", "PassDone", "Ready", "Taken"])
 def test_guest_keeps_its_shared_memory_when_the_stream_ends_before_or_within_a_piece(  # M2
     recording: Recording, tmp_path: Path, name: str
 ) -> None:
@@ -427,7 +432,7 @@ def test_guest_keeps_its_shared_memory_when_the_stream_ends_before_or_within_a_p
 def test_shared_memory_stays_where_it_is_when_nobody_knows_who_has_the_guest(  # M1
     guest: FakeMachine, recording: Recording, tmp_path: Path
 ) -> None:
-    pieces = tuple(one for one in _without_taken(recording, _OWN) if one.name != "PassDone")
+    pieces = _one_pass_done(_without_taken(recording, _OWN))
     _, error, _ = _play(guest, tmp_path, stream(pieces), _SHARED)
     assert isinstance(error, InDoubtError)
     assert guest.state is RunState.POSTMIGRATE

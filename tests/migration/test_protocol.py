@@ -83,6 +83,7 @@ STREAMING    source       State      STATE_SENT
 STREAMING    source       Failed     FAILED
 STREAMING    destination  Failed     FAILED
 STREAMING    source       Shared     SHARED
+SHARED       destination  PassDone   SHARED
 SHARED       source       Digests    DIGESTED
 SHARED       source       State      STATE_SENT
 SHARED       source       Failed     FAILED

@@ -50,8 +50,8 @@ DESTINATION = _points(
 )
 """Every moment of a migration with ``verify``, of a machine that has pages of both kinds."""
 
-SHARED_SOURCE = _points(Role.SOURCE, "Hello Shared Digests State Handover", "Welcome Ready Taken")
-SHARED_DESTINATION = _points(Role.DESTINATION, "Welcome Ready Taken", "Hello Shared Digests State Handover")
+SHARED_SOURCE = _points(Role.SOURCE, "Hello Shared Digests State Handover", "Welcome PassDone Ready Taken")
+SHARED_DESTINATION = _points(Role.DESTINATION, "Welcome PassDone Ready Taken", "Hello Shared Digests State Handover")
 """The same where memory is shared. Files follow ``Shared``, so they are there only at what comes later."""
 
 SIDE = _points(Role.SOURCE, "Join", "Joined") + _points(Role.DESTINATION, "Joined", "Join")

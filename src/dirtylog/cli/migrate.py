@@ -99,8 +99,9 @@ def command(
 ) -> None:
     """Migrate the guest whose QMP socket is QMP_PATH to the process that waits at URI.
 
-    URI is what the other side was given with 'dirtylog run --incoming': unix:PATH or tcp:HOST:PORT. The guest runs on
-    meanwhile, and stays where it is if this fails, or is ended with Ctrl-C.
+    URI is what the other side was given with 'dirtylog run --incoming': unix:PATH or tcp:HOST:PORT. Or it is file:PATH,
+    from where 'dirtylog run --incoming file:PATH' runs it later. The guest runs on meanwhile, and stays where it is if
+    this fails, or is ended with Ctrl-C.
     """
     address = parse_address(uri)
     if local:

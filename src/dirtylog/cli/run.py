@@ -19,7 +19,7 @@ from dirtylog.control.qmp import CommandRegistry, QMPServer
 from dirtylog.errors import HostError, UsageError
 from dirtylog.linux.kvm import KVM
 from dirtylog.machine import BootMode, KVMMachine, PCMachine, boot_flat, boot_sector
-from dirtylog.migration import Listener, parse_address
+from dirtylog.migration import Address, FileAddress, Listener, parse_address
 from dirtylog.trackers import KVMLogMode
 from dirtylog.units import MIB
 
@@ -83,7 +83,9 @@ class Image:
     type=UnitType("[host:]port", parse_endpoint),
     help="Serve numbers for Prometheus there over HTTP; to this host alone unless a host is given.",
 )
-@click.option("--incoming", metavar="URI", help="Boot nothing; take a guest over that is migrated to URI.")
+@click.option(
+    "--incoming", metavar="URI", help="Boot nothing; take over a guest that is, or to a file was, migrated to URI."
+)
 @click.option("--serial", metavar="PATH", help="Write the guest's serial output there, not to standard output.")
 @click.option(
     "--accel",
@@ -140,7 +142,8 @@ def command(
     _check_options(boots, incoming, paused=paused)
     with ExitStack() as stack:
         signals = stack.enter_context(EndOnSignals())
-        listener = None if incoming is None else _listen(stack, incoming)
+        address = None if incoming is None else parse_address(incoming)
+        listener = None if address is None or isinstance(address, FileAddress) else _listen(stack, address)
         log_mode = None if dirty_log is None else KVMLogMode(dirty_log)
         machine = _make_machine(Accel(accel), memory, cpus, log_mode, dirty_ring_size, _open_serial(stack, serial))
         controller = Controller(machine)
@@ -151,6 +154,8 @@ def command(
             _serve_metrics(stack, controller, *metrics)
         if listener is not None:
             controller.receive(listener)
+        elif isinstance(address, FileAddress):
+            controller.receive_file(address.path)
         elif boots is not None:
             boots.boot(machine)
             if not paused:
@@ -159,6 +164,8 @@ def command(
             server.start()  # only now, so that no client meets a machine that is not what it is to be
         if listener is not None:
             click.echo(f"dirtylog: waiting for a guest at {listener.address}", err=True)
+        elif isinstance(address, FileAddress):
+            click.echo(f"dirtylog: taking the guest over from {address}", err=True)
         controller.wait()
 
 
@@ -212,8 +219,8 @@ def _check_options(image: Image | None, incoming: str | None, *, paused: bool) -
         )
 
 
-def _listen(stack: ExitStack, uri: str) -> Listener:
-    listener = Listener(parse_address(uri))
+def _listen(stack: ExitStack, address: Address) -> Listener:
+    listener = Listener(address)
     stack.callback(listener.close)
     return listener
 

@@ -13,6 +13,7 @@ from dirtylog.errors import DirtylogError, HostError, UsageError
 from dirtylog.machine import Machine, RunState
 from dirtylog.machine.machine import ENDED
 from dirtylog.migration import (
+    IncomingFile,
     IncomingMigration,
     Listener,
     OutgoingMigration,
@@ -62,7 +63,7 @@ class Controller:
         self.shutdown_observers: list[Callable[[ShutdownCause], None]] = []
         self._lock = threading.Lock()
         self._threads: list[threading.Thread] = []
-        self._incoming: IncomingMigration | None = None
+        self._incoming: IncomingMigration | IncomingFile | None = None
         self._endings: SimpleQueue[tuple[ShutdownCause, DirtylogError | None]] = SimpleQueue()
         machine.observers.append(self._machine_changed)
 
@@ -179,6 +180,17 @@ class Controller:
             self._incoming = incoming
             self._start("incoming-migration", lambda: self._take_over(incoming))
 
+    def receive_file(self, path: str) -> None:
+        """Take a machine over from a file; `wait` raises if that fails.
+
+        Raises:
+            DirtylogError: there is none that fits.
+        """
+        with self._lock:
+            incoming = IncomingFile(self.machine, path)
+            self._incoming = incoming
+            self._start("incoming-file", lambda: self._take_over(incoming))
+
     @property
     def _is_migrating(self) -> bool:
         return self.outgoing is not None and not self.outgoing.ended
@@ -205,7 +217,7 @@ class Controller:
         thread.start()
         self._threads.append(thread)
 
-    def _take_over(self, incoming: IncomingMigration) -> None:
+    def _take_over(self, incoming: IncomingMigration | IncomingFile) -> None:
         try:
             incoming.run()
         except DirtylogError as error:

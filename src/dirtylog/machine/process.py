@@ -31,7 +31,8 @@ class Process(Machine):
         resume: lets the writers go, or starts them. Called in the thread that resumes or receives the machine.
         pause: stops them: when it returns, nobody writes the buffers any more. Called while they run, and only then.
         save: gives the state that is not in the buffers, of writers that stand still.
-        load: takes it over, before the first `resume`. What it raises fails the migration.
+        load: takes it over, before the first `resume`. What it raises fails the migration. It must leave the buffers
+            alone: if they are shared, they are the source's until `resume`.
         tracker: a name of `dirtylog.trackers.watch.TRACKERS`. Write-watch notes what this process writes, and not what
             others do to memory that they share with it: see `dirtylog.linux.write_watch`.
 

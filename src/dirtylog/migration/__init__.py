@@ -4,9 +4,10 @@ The protocol (`messages`, `protocol`) does no I/O; `channel` does, and nothing e
 two sides, `ram` walks dirty memory, `economy` decides how it is sent, and `switchover` when to stop the guest.
 """
 
-from dirtylog.migration.address import Address, parse_address
+from dirtylog.migration.address import Address, FileAddress, parse_address
 from dirtylog.migration.channel import Channel, Listener, connect
 from dirtylog.migration.incoming import IncomingMigration
+from dirtylog.migration.incoming_file import IncomingFile
 from dirtylog.migration.outgoing import OutgoingMigration
 from dirtylog.migration.parameters import Compression, Parameters, Slowdown
 from dirtylog.migration.statistics import DowntimeParts, PassStatistics, Statistics, Status, Verdict
@@ -16,6 +17,8 @@ __all__ = [
     "Channel",
     "Compression",
     "DowntimeParts",
+    "FileAddress",
+    "IncomingFile",
     "IncomingMigration",
     "Listener",
     "OutgoingMigration",

@@ -1,4 +1,4 @@
-"""Where the other side of a migration is: ``unix:PATH`` or ``tcp:HOST:PORT``."""
+"""Where the other side of a migration is: ``unix:PATH``, ``tcp:HOST:PORT`` or ``file:PATH``."""
 
 from dataclasses import dataclass
 
@@ -28,7 +28,17 @@ class TCPAddress:
         return f"tcp:{host}:{self.port}"
 
 
-Address = UnixAddress | TCPAddress
+@dataclass(frozen=True, slots=True)
+class FileAddress:
+    """A file that a machine is kept in."""
+
+    path: str
+
+    def __str__(self) -> str:
+        return f"file:{self.path}"
+
+
+Address = UnixAddress | TCPAddress | FileAddress
 
 
 def parse_address(uri: str) -> Address:
@@ -46,7 +56,9 @@ def parse_address(uri: str) -> Address:
         host = host.removeprefix("[").removesuffix("]")
         if _can_be_host(host) and port.isascii() and port.isdigit() and len(port) <= 5 and int(port) < 1 << 16:
             return TCPAddress(host, int(port))
-    raise UsageError(f"{uri!r} is not a migration address", remedy="write unix:PATH or tcp:HOST:PORT")
+    if colon and scheme == "file" and rest and "\0" not in rest:
+        return FileAddress(rest)
+    raise UsageError(f"{uri!r} is not a migration address", remedy="write unix:PATH, tcp:HOST:PORT or file:PATH")
 
 
 def _can_be_host(host: str) -> bool:

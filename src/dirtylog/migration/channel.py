@@ -8,12 +8,20 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Final, Self, TypeVar
 
-from dirtylog.errors import CancelledError, DirtylogError, DisconnectedError, HostError, ProtocolError, RefusedError
+from dirtylog.errors import (
+    CancelledError,
+    DirtylogError,
+    DisconnectedError,
+    HostError,
+    ProtocolError,
+    RefusedError,
+    UsageError,
+)
 from dirtylog.linux.mapping import Contents, FilePart, memory_of
 from dirtylog.linux.socketfile import SocketFile
 from dirtylog.linux.sockets import keep_alive, receive_files, set_buffers, set_timeouts
 from dirtylog.linux.wakeup import Waiter, Wakeup
-from dirtylog.migration.address import Address, TCPAddress, UnixAddress
+from dirtylog.migration.address import Address, FileAddress, TCPAddress, UnixAddress
 from dirtylog.migration.messages import MAX_CHANNELS, Failed, Message
 from dirtylog.migration.protocol import Protocol, Role
 from dirtylog.units import KIB, MIB
@@ -273,12 +281,20 @@ def _advance(buffers: list[memoryview], done: int) -> None:
         buffers[0] = buffers[0][done:]
 
 
+def _of_socket(address: Address) -> UnixAddress | TCPAddress:
+    if isinstance(address, FileAddress):
+        raise UsageError(f"nobody can connect to {address}", remedy="use unix:PATH or tcp:HOST:PORT")
+    return address
+
+
 def connect(address: Address) -> Channel:
     """Connect to a destination that listens at an address.
 
     Raises:
         DisconnectedError: nobody listens there, or cannot be reached.
+        UsageError: it is a file.
     """
+    address = _of_socket(address)
     try:
         if isinstance(address, UnixAddress):
             sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -309,6 +325,7 @@ class Listener:
     """
 
     def __init__(self, address: Address) -> None:
+        address = _of_socket(address)
         self._lock = threading.Lock()
         self._closed = False
         self._wakeup = Wakeup()

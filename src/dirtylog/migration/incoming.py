@@ -14,22 +14,22 @@ from dirtylog.errors import (
     PeerError,
     ProtocolError,
     RefusedError,
-    UsageError,
 )
 from dirtylog.linux.process import ProcessName
 from dirtylog.machine import Machine, RunState
 from dirtylog.migration import sharing
+from dirtylog.migration.agreement import check_fits
 from dirtylog.migration.channel import HANDSHAKE_TIMEOUT, Channel, Listener
 from dirtylog.migration.digest import block_digest
 from dirtylog.migration.filler import Filler, SideFiller
 from dirtylog.migration.messages import (
-    BlockInfo,
     Digests,
     Failed,
     Handover,
     Hello,
     Join,
     Joined,
+    PassDone,
     Ready,
     State,
     Taken,
@@ -37,7 +37,6 @@ from dirtylog.migration.messages import (
 )
 from dirtylog.migration.prepare import Preparer
 from dirtylog.migration.ram import IncomingRAM
-from dirtylog.units import PAGE_SIZE, format_size
 
 _JOIN_TIMEOUT: Final = 3.0
 """Seconds that a connection is given to say that it is one of the source's further channels."""
@@ -62,7 +61,7 @@ class IncomingMigration:
         self._lock = threading.Lock()
         self._aborted = False
         self._channels: list[Channel] = []
-        self._preparer = Preparer(self._blocks)
+        self._preparer = Preparer(self._blocks, self._ram.ready)
         machine.hold(RunState.INMIGRATE)
 
     def abort(self) -> None:
@@ -129,6 +128,7 @@ class IncomingMigration:
         self._preparer.join()
         try:
             sharing.take(channel, self._machine.memory)
+            channel.send(PassDone(0, 0, 0, 0))
             channel.set_timeout(0)
             return self._prepare(channel, channel.expect(Digests) if self._verify else channel.expect(State))
         except BaseException:
@@ -176,17 +176,7 @@ class IncomingMigration:
                 filler.check()
 
     def _welcome(self, channel: Channel, hello: Hello) -> None:
-        own = tuple(BlockInfo(block.name, block.size, PAGE_SIZE) for block in self._blocks)
-        if hello.machine != self._machine.kind:
-            raise UsageError(
-                f"the source is a machine of kind {hello.machine!r}, this one of kind {self._machine.kind!r}",
-                remedy="use the same --accel on both sides",
-            )
-        if hello.blocks != own:
-            raise UsageError(
-                f"the source's memory is {_describe(hello.blocks)}, this machine's is {_describe(own)}",
-                remedy="start both sides with the same --memory",
-            )
+        check_fits(self._machine, hello.machine, hello.blocks)
         if hello.shared and (hello.channels > 1 or not channel.passes_files):
             raise ProtocolError("the source wants to share its memory on a connection that cannot do that")
         self._verify = hello.verify
@@ -242,11 +232,3 @@ def _tell(channel: Channel, error: DirtylogError) -> None:
     except DirtylogError:  # the error that matters is on its way already
         return
     channel.finish()
-
-
-def _describe(blocks: tuple[BlockInfo, ...]) -> str:
-    return ", ".join(
-        f"{block.name} of {format_size(block.size)}"
-        + (f" in pages of {format_size(block.page_size)}" if block.page_size != PAGE_SIZE else "")
-        for block in blocks
-    )

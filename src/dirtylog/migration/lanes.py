@@ -7,16 +7,16 @@ from collections.abc import Sequence
 from dirtylog.errors import ProtocolError
 from dirtylog.linux.process import thread_starved_ns
 from dirtylog.memory import RAMBlock
-from dirtylog.migration.channel import Channel
 from dirtylog.migration.economy import Economy, Way
 from dirtylog.migration.encoding import SentCopies
 from dirtylog.migration.messages import PassDone, PassEnd
+from dirtylog.migration.outlet import Outlet
 from dirtylog.migration.parameters import Compression, Parameters
 from dirtylog.migration.ram import Batch
 from dirtylog.migration.sender import Sender, Sent
 
 
-def senders(channels: Sequence[Channel], blocks: Sequence[RAMBlock], parameters: Parameters) -> list[Sender]:
+def senders(channels: Sequence[Outlet], blocks: Sequence[RAMBlock], parameters: Parameters) -> list[Sender]:
     """A sender for each channel, with the ways of sending that the parameters allow.
 
     They begin with no copies of anything: what an earlier migration's destination has is another's.

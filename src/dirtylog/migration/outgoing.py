@@ -15,24 +15,37 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 from typing import Final
 
-from dirtylog.errors import CancelledError, DirtylogError, DisconnectedError, InDoubtError, ProtocolError, RefusedError
+from dirtylog.errors import (
+    CancelledError,
+    DirtylogError,
+    DisconnectedError,
+    HostError,
+    InDoubtError,
+    ProtocolError,
+    RefusedError,
+    UsageError,
+)
 from dirtylog.linux.process import ProcessName
 from dirtylog.machine import DirtyLimit, Machine, RunState
 from dirtylog.migration import sharing
-from dirtylog.migration.address import Address
-from dirtylog.migration.channel import STALL_TIMEOUT, Channel, connect
+from dirtylog.migration.address import Address, FileAddress
+from dirtylog.migration.agreement import block_infos
+from dirtylog.migration.channel import STALL_TIMEOUT, connect
 from dirtylog.migration.digest import block_digest
+from dirtylog.migration.file import FileOutlet
 from dirtylog.migration.governor import Governor
 from dirtylog.migration.lanes import Lanes, senders
-from dirtylog.migration.messages import BlockInfo, Digests, Handover, Hello, Join, Joined, Ready, State, Taken, Welcome
-from dirtylog.migration.parameters import Parameters, Slowdown
+from dirtylog.migration.messages import Digests, Handover, Hello, Join, Joined, PassDone, Ready, State, Taken, Welcome
+from dirtylog.migration.outlet import Outlet
+from dirtylog.migration.parameters import Compression, Parameters, Slowdown
 from dirtylog.migration.precopy import Precopy
 from dirtylog.migration.statistics import ENDED, DowntimeParts, Statistics, Status
 from dirtylog.migration.switchover import should_switch_over
-from dirtylog.units import MIB, PAGE_SIZE
+from dirtylog.units import MIB
 
 StatusObserver = Callable[[Status], None]
 """Told each new status, in the migration's thread or in that of `OutgoingMigration.cancel`."""
@@ -82,9 +95,11 @@ class OutgoingMigration:
         self._came_back = False
         if parameters.share_memory:
             sharing.check(machine.memory, address, parameters.channels)
+        if isinstance(address, FileAddress) and parameters.channels > 1:
+            raise UsageError("a file is written on one channel", remedy="leave further channels out")
         self._governor = Governor(machine, self.statistics, parameters.slowdown)
         self._session = os.urandom(16)
-        self._channels: list[Channel] = []
+        self._channels: list[Outlet] = []
         self._began = time.monotonic()
 
     @property
@@ -162,15 +177,16 @@ class OutgoingMigration:
         for channel in channels:
             channel.close()
 
-    def _connected(self) -> Channel:
-        channel = connect(self._address)
+    def _connected(self) -> Outlet:
+        address = self._address
+        channel = FileOutlet(address.path) if isinstance(address, FileAddress) else connect(address)
         with self._lock:
             self._channels.append(channel)
             if self._cancelled.is_set():
                 channel.abort()
         return channel
 
-    def _migrate(self, channel: Channel) -> None:
+    def _migrate(self, channel: Outlet) -> None:
         try:
             destination = self._agree(channel)
             if self.agreed.share_memory:
@@ -186,14 +202,14 @@ class OutgoingMigration:
                 raise
             raise channel.last_words() or error from error
 
-    def _joined(self) -> Channel:
+    def _joined(self) -> Outlet:
         """One more channel."""
         channel = self._connected()
         channel.send(Join(self._session))
         channel.expect(Joined)
         return channel
 
-    def _send_all(self, channels: list[Channel], destination: ProcessName) -> None:
+    def _send_all(self, channels: list[Outlet], destination: ProcessName) -> None:
         blocks = tuple(self._machine.memory.blocks.values())
         lanes = Lanes(senders(channels, blocks, self.agreed))
         precopy = Precopy(self._machine.memory, lanes, self.statistics, lambda: self.parameters, self._cancelled)
@@ -210,21 +226,23 @@ class OutgoingMigration:
             precopy.stop()
             lanes.close()
 
-    def _share(self, channel: Channel, destination: ProcessName) -> None:
+    def _share(self, channel: Outlet, destination: ProcessName) -> None:
         memory = self._machine.memory
         sharing.offer(channel, memory)
         channel.set_timeout(STALL_TIMEOUT)
+        channel.expect(PassDone)  # mapping takes the longer the larger it is, and the guest need not wait for that
         self.statistics.setup_seconds = time.monotonic() - self._began
         self._enter(Status.ACTIVE)
         self._switch_over(channel, destination, let_go=lambda: sharing.let_go(memory))
 
-    def _agree(self, channel: Channel) -> ProcessName:
-        blocks = self._machine.memory.blocks.values()
+    def _agree(self, channel: Outlet) -> ProcessName:
         self.agreed = self.parameters
+        if isinstance(self._address, FileAddress):  # where each page has its place, whatever it is made of
+            self.agreed = replace(self.parameters, compression=Compression.NONE, delta_cache=0)
         channel.send(
             Hello(
                 self._machine.kind,
-                tuple(BlockInfo(block.name, block.size, PAGE_SIZE) for block in blocks),
+                block_infos(self._machine),
                 self.agreed.verify,
                 self.agreed.channels,
                 self._session,
@@ -257,7 +275,7 @@ class OutgoingMigration:
 
     def _switch_over(
         self,
-        channel: Channel,
+        channel: Outlet,
         destination: ProcessName,
         *,
         send_rest: Callable[[], None] = lambda: None,
@@ -287,7 +305,7 @@ class OutgoingMigration:
         self.statistics.downtime_parts = DowntimeParts(*(end - start for start, end in pairwise(moments)))
         self._machine.release(RunState.POSTMIGRATE)
 
-    def _send_state(self, channel: Channel, *, running: bool) -> None:
+    def _send_state(self, channel: Outlet, *, running: bool) -> None:
         """Send what is not memory, and wait until the destination has loaded everything."""
         blocks = self._machine.memory.blocks.values()
         digests: tuple[bytes, ...] = ()
@@ -307,15 +325,15 @@ class OutgoingMigration:
             self.statistics.verify_seconds += min(ready.verify_ns / 1e9, time.monotonic() - asked)
         self.statistics.digests = dict(zip((block.name for block in blocks), digests, strict=False))
 
-    def _hand_over(self, channel: Channel, destination: ProcessName) -> None:
+    def _hand_over(self, channel: Outlet, destination: ProcessName) -> None:
         with self._lock:
             if self._cancelled.is_set():
                 raise CancelledError("the migration was cancelled")
             self._let_go = True
         try:
             channel.send(Handover())
-        except DisconnectedError:
-            self._came_back = True  # nothing of the message has left: the destination was not told
+        except (DisconnectedError, HostError):
+            self._came_back = True  # nothing of the message has left: the destination was not told, the file not made
             raise
         try:
             channel.expect(Taken)
@@ -332,7 +350,7 @@ class OutgoingMigration:
             if not self._was_taken(channel):
                 raise
 
-    def _was_taken(self, channel: Channel) -> bool:
+    def _was_taken(self, channel: Outlet) -> bool:
         """Whether a destination that is gone said that it starts the guest, after it was no longer waited for.
 
         If not, the guest comes back.

@@ -11,6 +11,7 @@ sender of half of the messages. A message that the table does not allow is an er
     STREAMING    PassEnd    → PASS_ENDED     ... of one pass
     PASS_ENDED   PassDone   → STREAMING      destination has it all
     STREAMING    Shared     → SHARED         memory itself
+    SHARED       PassDone   → SHARED         destination has it
     STREAMING    Digests    → DIGESTED       if they were agreed on; SHARED likewise
     STREAMING    State      → STATE_SENT     the guest stands still; SHARED likewise
     DIGESTED     State      → STATE_SENT
@@ -92,6 +93,7 @@ TRANSITIONS: Final[dict[tuple[Stage, type[Message]], Stage]] = {
     (Stage.STREAMING, PassEnd): Stage.PASS_ENDED,
     (Stage.PASS_ENDED, PassDone): Stage.STREAMING,
     (Stage.STREAMING, Shared): Stage.SHARED,
+    (Stage.SHARED, PassDone): Stage.SHARED,
     **{(stage, Digests): Stage.DIGESTED for stage in (Stage.STREAMING, Stage.SHARED)},
     **{(stage, State): Stage.STATE_SENT for stage in (Stage.STREAMING, Stage.SHARED)},
     (Stage.DIGESTED, State): Stage.STATE_SENT,

@@ -163,11 +163,15 @@ class DirtyRAM:
 
 
 class IncomingRAM:
-    """The destination's blocks, filled by what messages say."""
+    """The destination's blocks, filled by what messages say.
+
+    Attributes:
+        ready: for each block, a flag for each `HUGE_PAGE_SIZE` of it: populated, or filled already.
+    """
 
     def __init__(self, blocks: Sequence[RAMBlock]) -> None:
         self._blocks = blocks
-        self._touched = [np.zeros(-(-block.pages // _HUGE_PAGES), np.bool_) for block in blocks]
+        self.ready = [np.zeros(-(-block.pages // _HUGE_PAGES), np.bool_) for block in blocks]
 
     def place(self, message: Pages) -> list[memoryview]:
         """Where the contents that follow a message belong.
@@ -176,22 +180,23 @@ class IncomingRAM:
             ProtocolError: the message names memory that is not there.
         """
         block = self._checked(message)
-        self._prepare(block, self._touched[message.block], message.runs)
+        self._prepare(block, self.ready[message.block], message.runs)
         return page_views(block, message.runs)
 
     @staticmethod
-    def _prepare(block: RAMBlock, touched: npt.NDArray[np.bool_], runs: Runs) -> None:
+    def _prepare(block: RAMBlock, ready: npt.NDArray[np.bool_], runs: Runs) -> None:
         """Give each huge page's worth that is filled for the first time, and filled whole, a huge page.
 
         Faults on small pages take several times as long as receiving what belongs there.
         """
         firsts, ends = runs[:, 0], runs.sum(axis=1)
-        for first, end in zip(-(-firsts // _HUGE_PAGES), ends // _HUGE_PAGES, strict=True):
-            for index in range(first, end):
-                if not touched[index]:
-                    block.mapping.make_huge(index * HUGE_PAGE_SIZE)
-        for first, end in zip(firsts // _HUGE_PAGES, -(-ends // _HUGE_PAGES), strict=True):
-            touched[first:end] = True
+        whole = np.stack((-(-firsts // _HUGE_PAGES), ends // _HUGE_PAGES), axis=1)
+        for first, end in whole[whole[:, 0] < whole[:, 1]].tolist():
+            for index in np.flatnonzero(~ready[first:end]).tolist():
+                block.mapping.make_huge((first + index) * HUGE_PAGE_SIZE)
+            ready[first:end] = True
+        ready[firsts // _HUGE_PAGES] = True
+        ready[(ends - 1) // _HUGE_PAGES] = True
 
     def decode(self, message: EncodedPages, data: bytearray) -> None:
         """Put encoded contents where they belong.
@@ -204,7 +209,7 @@ class IncomingRAM:
         if message.difference:
             block.page_words[numbers] ^= rows
         else:
-            self._prepare(block, self._touched[message.block], message.runs)
+            self._prepare(block, self.ready[message.block], message.runs)
             block.page_words[numbers] = rows
 
     def zero(self, message: ZeroPages) -> None:

@@ -15,6 +15,7 @@ from dirtylog.memory import Memory, MemoryRegion
 from dirtylog.migration.address import Address, UnixAddress
 from dirtylog.migration.channel import Channel
 from dirtylog.migration.messages import MAX_FILES, Shared
+from dirtylog.migration.outlet import Outlet
 
 
 def check(memory: Memory, address: Address, channels: int) -> None:
@@ -33,9 +34,15 @@ def check(memory: Memory, address: Address, channels: int) -> None:
     _mappings(memory)
 
 
-def offer(channel: Channel, memory: Memory) -> None:
-    """Send memory, as the source."""
+def offer(channel: Outlet, memory: Memory) -> None:
+    """Send memory, as the source.
+
+    Raises:
+        UsageError: see `check`.
+    """
     mappings = _mappings(memory)
+    if not isinstance(channel, Channel):
+        raise UsageError("memory can be shared with a process only")
     channel.send(Shared(len(mappings)))
     channel.send_files([mapping.fd for mapping in mappings])
 
