@@ -417,10 +417,10 @@ def test_batch_ends_where_a_huge_page_does() -> None:
         return ram_module._batch_end(np.array(pages, np.int64))
 
     assert end([*range(BATCH_PAGES)]) == BATCH_PAGES
-    assert end([*range(2000)]) == 1024
-    assert end([*range(100, 2000)]) == 1024 - 100
-    assert end([*range(0, 4000, 2)]) == BATCH_PAGES
-    assert end([*range(0, 512 * 2000, 512)]) == BATCH_PAGES
+    assert end([*range(2 * BATCH_PAGES - 1)]) == BATCH_PAGES
+    assert end([*range(100, 2 * BATCH_PAGES)]) == BATCH_PAGES - 100
+    assert end([*range(0, 4 * BATCH_PAGES, 2)]) == BATCH_PAGES
+    assert end([*range(0, 512 * 2 * BATCH_PAGES, 512)]) == BATCH_PAGES
 
 
 @given(st.sets(st.integers(0, 300)))

@@ -14,8 +14,8 @@ from dirtylog.migration.encoding import decompress
 from dirtylog.migration.messages import EncodedPages, Pages, Runs, RunTable, ZeroPages
 from dirtylog.units import HUGE_PAGE_SIZE, PAGE_SIZE
 
-BATCH_PAGES: Final = 1024
-"""Pages looked at, and sent, at a time: 4 MiB, which keeps a socket's buffer full."""
+BATCH_PAGES: Final = 2048
+"""Pages looked at, and sent, at a time: 8 MiB, so that what each message costs is small beside what it carries."""
 _HUGE_PAGES: Final = HUGE_PAGE_SIZE // PAGE_SIZE
 _WINDOW_PAGES: Final = 1 << 15
 """Pages taken out of the bitmap at a time, at most, which bounds the runs in one message too."""
