@@ -210,7 +210,9 @@ def test_interrupted_migration_leaves_the_guest_running(place: Place, options: t
     with _under_way(place, options) as (source, destination, migration):
         migration.signal(signal.SIGINT)
         assert migration.wait() == 130
-        assert _line(migration.err) == "the migration was cancelled; the guest is running on the source"
+        line = _line(migration.err)  # on a slow host with a verdict, after a pass or more
+        assert line.startswith("the migration was cancelled")
+        assert line.endswith("; the guest is running on the source")
         assert destination.wait() == 5
         _line(destination.err)
         place.check_runs_on(source)
