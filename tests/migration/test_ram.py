@@ -158,9 +158,36 @@ class _Order(MemoryListener):
     ids=["a word", "rounded up to words", "all at once"],
 )
 def test_each_chunk_is_cleared_right_before_its_first_page_is_read(  # D3
-    memory: Memory, chunk: int, log: str
+    memory: Memory, monkeypatch: pytest.MonkeyPatch, chunk: int, log: str
 ) -> None:
+    monkeypatch.setattr(ram_module, "_WORTHWHILE", 1)
     region, ram = _dirty_ram(memory, 200, chunk)
+    space = memory.address_space("system", region)
+    _send_all(memory, region, ram)
+    seen: list[str] = []
+    memory.register(_Order(seen), space)
+    for page in (3, 70, 71, 199):
+        space.write(page * PAGE_SIZE, b"x")
+    ram.harvest()
+    for batch in ram.batches():
+        assert batch.pages is not None
+        seen += [f"read {first}+{count}" for first, count in batch.pages.runs.tolist()]
+    assert ", ".join(seen) == log
+
+
+@pytest.mark.parametrize(
+    ("worthwhile", "log"),
+    [
+        (2, "clear 0+64, clear 64+64, read 3+1, read 70+2, clear 192+8, read 199+1"),
+        (4, "clear 0+64, clear 64+64, clear 192+8, read 3+1, read 70+2, read 199+1"),
+    ],
+)
+def test_few_pages_wait_for_those_of_the_next_chunks(  # D3
+    memory: Memory, monkeypatch: pytest.MonkeyPatch, worthwhile: int, log: str
+) -> None:
+    monkeypatch.setattr(ram_module, "_WORTHWHILE", worthwhile)
+    region, ram = _dirty_ram(memory, 200, _CHUNK)
+    _block(region).array[:] = 1
     space = memory.address_space("system", region)
     _send_all(memory, region, ram)
     seen: list[str] = []

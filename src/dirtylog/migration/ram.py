@@ -19,6 +19,9 @@ BATCH_PAGES: Final = 2048
 _HUGE_PAGES: Final = HUGE_PAGE_SIZE // PAGE_SIZE
 _WINDOW_PAGES: Final = 1 << 15
 """Pages taken out of the bitmap at a time, at most, which bounds the runs in one message too."""
+_WORTHWHILE: Final = 256
+"""So many pages are a message of their own. Fewer wait for those of the next chunk: where chunks are small, passes
+would take longer for their messages than for their pages, and never become short enough for the downtime limit."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,17 +85,23 @@ class DirtyRAM:
     def batches(self) -> Iterator[Batch]:
         """Everything to be sent now, ascending."""
         window = min(self._chunks.chunk, _WINDOW_PAGES)
-        first = 0
+        first = since = cleared = no_hole = 0  # [since, first) is cleared where it is dirty, and not looked at yet
         while first < self._block.pages:
-            end = first + self._hole(first)
+            end = first if first < no_hole else first + self._hole(first)
             dirty = self._to_send.count(first, end - first)
-            if dirty and dirty == end - first:
-                yield self._announce_hole(first, end)
-            elif dirty or end == first:
-                end = max(end, min(first + window, self._block.pages))
-                for start in range(first, end, window):
-                    yield from self._read(start, min(window, end - start))
+            if end > first and dirty in (0, end - first):
+                yield from self._look(since, first - since)
+                if dirty:
+                    yield self._announce_hole(first, end)
+                first, since, cleared = end, end, 0
+                continue
+            no_hole, end = max(no_hole, end), min(first + window, self._block.pages)
+            cleared += self._clear(first, end - first)
             first = end
+            if not cleared or cleared >= _WORTHWHILE or end - since >= _WINDOW_PAGES:
+                yield from self._look(since, end - since)
+                since, cleared = end, 0
+        yield from self._look(since, first - since)
 
     def _hole(self, first: int) -> int:
         """How many pages from there on are a hole, in whole chunks or up to the end."""
@@ -106,15 +115,19 @@ class DirtyRAM:
         self._holes.append((first, end))
         return Batch(None, [], ZeroPages(self._index, np.array([[first, end - first]], np.int64)))
 
-    def _read(self, first: int, count: int) -> Iterator[Batch]:
-        if self._to_send.any(first, count):
+    def _clear(self, first: int, count: int) -> int:
+        """Clear the log of what is about to be read; how many pages that are."""
+        dirty = self._to_send.count(first, count)
+        if dirty:
             for start, length in self._chunks.take(first, count):
                 self._region.clear_dirty_bitmap(start * PAGE_SIZE, length * PAGE_SIZE)
-            yield from self._look(first, count)
+        return dirty
 
     def _look(self, first: int, count: int) -> Iterator[Batch]:
         """Holes are zero without a look, which would allocate them; everything else is looked at in batches."""
         pages = self._to_send.indices(first, count)
+        if not len(pages):
+            return
         self._to_send.clear(first, count)
         stored = np.zeros(count, np.bool_)
         for start, end in self._data(first, first + count):
