@@ -142,7 +142,7 @@ def test_migration_that_takes_too_long_is_cancelled(kvm: KVM) -> None:
     run = measure(SlowDirtylog(), setup(timeout=0.2))
     assert run.outcome is Outcome.DID_NOT_CONVERGE
     assert 0.2 <= run.wall < 15
-    assert 0 < run.bytes < 7 * MIB
+    assert 0 < run.bytes < 8 * MIB  # a batch, perhaps, of all that it writes; not a second pass
     assert (run.downtime, run.stopped, run.destination) == (None, None, None)
     assert (run.expected_downtime, run.bare) == (None, None)
     assert run.x_passes

@@ -151,7 +151,7 @@ def test_user_who_may_not_use_kvm_is_told_which_group_to_join(place: Place) -> N
     ("said", "status", "cause", "remedy"),
     [
         (b"GET / HTTP/1.1\r\n\r\n", 5, "the source does not speak dirtylog's migration protocol", "check the address"),
-        (b"DIRTYLOG\x01\0\0\0", 5, "speaks version 1 of the migration protocol, this side 2", "the same version"),
+        (b"DIRTYLOG\x01\0\0\0", 5, "speaks version 1 of the migration protocol, this side 3", "the same version"),
         (Protocol.preamble(), 5, "the guest was not handed over and is not started here", "start this side again"),
     ],
     ids=["HTTP", "another version", "nothing more"],
