@@ -283,7 +283,7 @@ _F_SEAL_WRITE = 8
         (lambda size: _memfd(size, mapping_module._F_SEAL_SHRINK | _F_SEAL_WRITE), "the memfd cannot be written"),
         (_read_only, "the memfd cannot be written"),
         # tmpfs has seals, too, and a file there cannot have the one that is wanted
-        (_regular_file, "the file to be mapped is no memfd: Invalid argument|cannot stand in for 65536 that cannot shrink"),
+        (_regular_file, "no memfd: Invalid argument|cannot stand in for 65536 that cannot shrink"),
         (lambda size: os.eventfd(0), "the file to be mapped is no memfd: Invalid argument"),
         (_closed, "the file to be mapped is no memfd: Bad file descriptor"),
     ],
