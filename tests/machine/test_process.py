@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support.own_memory import require_write_watch
+from support.own_memory import require_soft_dirty, require_write_watch
 from support.waiting import Task, wait_until
 
 from dirtylog.errors import DirtylogError, UsageError
@@ -19,6 +19,7 @@ from dirtylog.migration import (
     Slowdown,
     parse_address,
 )
+from dirtylog.trackers.own_memory import TRACKERS
 from dirtylog.units import PAGE_SIZE
 
 _PAGES = 200
@@ -97,10 +98,12 @@ def _move(source: Process, destination: Process, path: Path, parameters: Paramet
     return outgoing
 
 
-@pytest.mark.parametrize("tracker", ["write-watch", "comparison", "null"])
+@pytest.mark.parametrize("tracker", TRACKERS)
 def test_writers_that_are_moved_lose_no_write(stack: ExitStack, tmp_path: Path, tracker: str) -> None:  # D1
     if tracker == "write-watch":
         require_write_watch()
+    elif tracker == "soft-dirty":
+        require_soft_dirty()
     source, destination = _counting(stack, tracker), _counting(stack, tracker)
     source.process.resume()
     wait_until(lambda: source.done > 2 * _PAGES, "the writer is under way")
@@ -174,6 +177,22 @@ def test_process_without_state_has_an_empty_one() -> None:
     with closing(Process({"a": 1}, resume=lambda: None, pause=lambda: None, tracker="null")) as process:
         assert process.save_state() == {"process": {"state": b""}}
         process.load_state({"process": {"state": b"whatever"}})
+
+
+def test_writers_that_are_held_stand_still_and_write_on(stack: ExitStack) -> None:
+    counting = _counting(stack)
+    counting.process.resume()
+    with counting.process._held(), counting.process._held():
+        assert counting.calls == ["resume", "pause"]
+        assert counting.process.state is RunState.RUNNING
+    assert counting.calls == ["resume", "pause", "resume"]
+
+
+def test_writers_that_stand_still_are_held_as_they_are(stack: ExitStack) -> None:
+    counting = _counting(stack)
+    with counting.process._held():
+        pass
+    assert counting.calls == []
 
 
 def test_close_stops_the_writers_once() -> None:

@@ -1,6 +1,8 @@
 """The caller's own process as a machine: its buffers are the memory, and its threads are what writes."""
 
-from collections.abc import Callable, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Final
 
 import numpy as np
@@ -8,14 +10,12 @@ import numpy.typing as npt
 
 from dirtylog.errors import UsageError
 from dirtylog.machine.machine import Machine, MachineState, RunState
-from dirtylog.memory import Memory, MemoryRegionSection
-from dirtylog.trackers import Tracker, tracker_listener
-from dirtylog.trackers.watch import TRACKERS
+from dirtylog.memory import Memory
+from dirtylog.trackers.own_memory import TRACKERS, own_memory_listener
 from dirtylog.units import PAGE_SIZE, align_up
 
 _PART: Final = "process"
 _NAME: Final = "state"
-_CLEARS_ON_COLLECT: Final = frozenset({"soft-dirty"})
 
 
 class Process(Machine):
@@ -29,12 +29,13 @@ class Process(Machine):
             contiguous and of whole pages. Only what is allocated here can be handed over without copying it
             (`Parameters.share_memory`).
         resume: lets the writers go, or starts them. Called in the thread that resumes or receives the machine.
-        pause: stops them: when it returns, nobody writes the buffers any more. Called while they run, and only then.
+        pause: stops them: when it returns, nobody writes the buffers any more. Called while they run, and only then;
+            also to collect what they wrote with a tracker that cannot do that while they write (soft-dirty).
         save: gives the state that is not in the buffers, of writers that stand still.
         load: takes it over, before the first `resume`. What it raises fails the migration. It must leave the buffers
             alone: if they are shared, they are the source's until `resume`.
-        tracker: a name of `dirtylog.trackers.watch.TRACKERS`. Write-watch notes what this process writes, and not what
-            others do to memory that they share with it: see `dirtylog.linux.write_watch`.
+        tracker: a name of `dirtylog.trackers.own_memory.TRACKERS`. Write-watch notes what this process writes, and not
+            what others do to memory that they share with it: see `dirtylog.linux.write_watch`.
 
     Raises:
         UsageError: there are no buffers, or some are not of whole pages, or there is no such tracker.
@@ -58,17 +59,13 @@ class Process(Machine):
         if not buffers:
             raise UsageError("a process without buffers has nothing to move")
         super().__init__(Memory())
-        self._tracker = TRACKERS[tracker]
+        self._writers_lock = threading.RLock()
+        self._writing = False
         self._resume_writers, self._pause_writers = resume, pause
         self._save, self._load = save, load
         try:
             self._map(buffers)
-            self._listener = tracker_listener(
-                self._attach,
-                lambda _: None,
-                clears_on_collect=tracker in _CLEARS_ON_COLLECT,
-                whole_blocks=True,
-            )
+            self._listener = own_memory_listener(tracker, self._held)
             self.memory.register(self._listener, self._space)
         except BaseException:
             self.memory.close()
@@ -122,15 +119,28 @@ class Process(Machine):
         self.memory.unregister(self._listener)
         self.memory.close()
 
-    def _attach(self, section: MemoryRegionSection) -> Tracker | None:
-        block = section.region.block
-        return None if block is None else self._tracker(block.array)
-
     def _run(self) -> None:
-        self._resume_writers()
+        with self._writers_lock:
+            self._resume_writers()
+            self._writing = True
 
     def _stop(self) -> None:
-        self._pause_writers()
+        with self._writers_lock:
+            self._pause_writers()
+            self._writing = False
+
+    @contextmanager
+    def _held(self) -> Iterator[None]:
+        """Writers that stand still, and write on afterwards if they did before."""
+        with self._writers_lock:
+            if not self._writing:
+                yield
+                return
+            self._stop()
+            try:
+                yield
+            finally:
+                self._run()
 
     def check_throttle(self) -> None:
         """See `Machine`."""

@@ -5,6 +5,7 @@ import pytest
 from dirtylog.errors import HostError, UsageError
 from dirtylog.machine.unicorn import tracking
 from dirtylog.machine.unicorn.tracking import choose_tracker
+from dirtylog.trackers import own_memory
 
 
 def _refuse(*_: object) -> object:
@@ -14,14 +15,14 @@ def _refuse(*_: object) -> object:
 def test_the_best_that_the_host_has_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     names = list(tracking.TRACKERS)
     for better, next_best in pairwise(names):
-        monkeypatch.setitem(tracking.TRACKERS, better, _refuse)
+        monkeypatch.setitem(own_memory.TRACKERS, better, _refuse)
         if next_best == "soft-dirty":
-            monkeypatch.setitem(tracking.TRACKERS, next_best, tracking.TRACKERS["null"])
+            monkeypatch.setitem(own_memory.TRACKERS, next_best, own_memory.TRACKERS["null"])
         assert choose_tracker(None) == next_best
 
 
 def test_what_the_host_lacks_is_refused_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(tracking.TRACKERS, "write-watch", _refuse)
+    monkeypatch.setitem(own_memory.TRACKERS, "write-watch", _refuse)
     with pytest.raises(HostError, match="not here"):
         choose_tracker("write-watch")
 

@@ -11,9 +11,10 @@ from dirtylog.machine.pc import PCMachine
 from dirtylog.machine.unicorn.cpu import EmulatedCPU
 from dirtylog.machine.unicorn.engine import Engine, MappedRAM, check_unicorn, mapped_ram
 from dirtylog.machine.unicorn.registers import SIZES, Registers, at_entry
-from dirtylog.machine.unicorn.tracking import choose_tracker, guest_tracker_listener
+from dirtylog.machine.unicorn.tracking import choose_tracker
 from dirtylog.machine.unicorn.translations import HostWrites
-from dirtylog.memory import AddressSpace, MemoryListener, MemoryRegion
+from dirtylog.memory import AddressSpace, Client, MemoryListener, MemoryRegion
+from dirtylog.trackers.own_memory import own_memory_listener
 
 
 class UnicornMachine(PCMachine):
@@ -59,7 +60,9 @@ class UnicornMachine(PCMachine):
 
     def _follow(self) -> None:
         """Have the processor's memory be what the address space says, and hear of writes to it."""
-        for listener in (_MapListener(self._map_changed), guest_tracker_listener(self.tracker, self._cpu.held)):
+        # What the guest writes into its own code, Unicorn sees by itself.
+        tracked = own_memory_listener(self.tracker, self._cpu.held, clients=~Client.CODE)
+        for listener in (_MapListener(self._map_changed), tracked):
             self.memory.register(listener, self.system)
             self._listeners += (listener,)
         self.memory.code_written = self._code_written

@@ -1,28 +1,15 @@
 """Which mechanism tells what an emulated guest writes: it writes memory of this process, as any other thread does."""
 
-from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Final
 
 from dirtylog.errors import HostError, UntrackableError, UsageError
-from dirtylog.memory import Client, MemoryRegionSection, RAMBlock
-from dirtylog.trackers import Tracker, TrackerListener, tracker_listener
-from dirtylog.trackers.comparison import CopyTracker
-from dirtylog.trackers.listener import Hold
-from dirtylog.trackers.null import NullTracker
-from dirtylog.trackers.soft_dirty import SoftDirtyTracker
-from dirtylog.trackers.write_watch import WriteWatchTracker
+from dirtylog.memory import RAMBlock
+from dirtylog.trackers import own_memory
 from dirtylog.units import PAGE_SIZE
 
-TRACKERS: Final[dict[str, Callable[[RAMBlock, Hold], Tracker]]] = {
-    "write-watch": lambda block, _: WriteWatchTracker(block.mapping.address, block.pages),
-    "soft-dirty": lambda block, hold: SoftDirtyTracker(block.mapping.address, block.pages, hold),
-    "comparison": lambda block, _: CopyTracker(block.array),
-    "null": lambda block, _: NullTracker(block.pages),
-}
+TRACKERS: Final = ("write-watch", "soft-dirty", "comparison", "null")
 """The mechanisms by name, the best first."""
-
-_CLEARS_ON_COLLECT: Final = frozenset({"soft-dirty"})
 
 
 def choose_tracker(wanted: str | None) -> str:
@@ -42,28 +29,11 @@ def choose_tracker(wanted: str | None) -> str:
     return wanted
 
 
-def guest_tracker_listener(name: str, hold: Hold) -> TrackerListener:
-    """The listener that watches all RAM blocks that are shown; ``hold`` keeps the guest from running."""
-
-    def attach(section: MemoryRegionSection) -> Tracker | None:
-        block = section.region.block
-        return None if block is None else TRACKERS[name](block, hold)
-
-    return tracker_listener(
-        attach,
-        _let_go,
-        hold,
-        clears_on_collect=name in _CLEARS_ON_COLLECT,
-        whole_blocks=True,
-        clients=~Client.CODE,  # what the guest writes into its own code, Unicorn sees by itself
-    )
-
-
 def _failure(name: str) -> HostError | UntrackableError | None:
     """Why a mechanism does not work here; found out by using it."""
     block = RAMBlock("probe", PAGE_SIZE)
     try:
-        tracker = TRACKERS[name](block, nullcontext)
+        tracker = own_memory.TRACKERS[name](block, nullcontext)
         tracker.arm()
         tracker.disarm()
     except (HostError, UntrackableError) as failure:
@@ -71,7 +41,3 @@ def _failure(name: str) -> HostError | UntrackableError | None:
     finally:
         block.close()
     return None
-
-
-def _let_go(tracker: Tracker) -> None:
-    del tracker
