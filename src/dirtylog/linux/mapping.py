@@ -12,13 +12,12 @@ import numpy as np
 import numpy.typing as npt
 
 from dirtylog.errors import ClosedError, HostError, UsageError
+from dirtylog.linux import files
 from dirtylog.linux.ioctl import kernel_error
 from dirtylog.units import HUGE_PAGE_SIZE, PAGE_SIZE, align_down, align_up, format_size
 
 _MADV_POPULATE_READ = 22  # both since Linux 5.14, include/uapi/asm-generic/mman-common.h
 _MADV_POPULATE_WRITE = 23
-_FALLOC_FL_KEEP_SIZE = 1
-_FALLOC_FL_PUNCH_HOLE = 2
 _F_ADD_SEALS = 1033
 _F_GET_SEALS = 1034
 _F_SEAL_SHRINK = 2
@@ -43,8 +42,6 @@ _libc.mmap.argtypes = (
 _libc.mmap.restype = ctypes.c_void_p
 _libc.msync.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 _libc.msync.restype = ctypes.c_int
-_libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_longlong, ctypes.c_longlong)
-_libc.fallocate.restype = ctypes.c_int
 
 
 def _map_aligned(fd: int, size: int) -> memoryview:
@@ -211,20 +208,11 @@ class MemfdMapping(_Mapped):
         Reading a hole through the mapping would allocate it, so those who look for data ask here first. Where data end
         takes as long to find as they are long, past ``end`` too: some 6 ms a GiB.
         """
-        while (data := self.next_data(start, end)) < end:
-            start = min(os.lseek(self.fd, data, os.SEEK_HOLE), end)
-            yield data, start
+        return files.extents(self.fd, start, end)
 
     def next_data(self, start: int, end: int) -> int:
         """Where the first data in [start, end) begin; ``end`` if it is a hole. Takes no time where there are data."""
-        if start >= end:
-            return end
-        try:
-            return min(os.lseek(self.fd, start, os.SEEK_DATA), end)
-        except OSError as error:
-            if error.errno == errno.ENXIO:  # no data from here to the end of the file
-                return end
-            raise kernel_error("lseek SEEK_DATA", error) from error
+        return files.next_data(self.fd, start, end)
 
     def adopt(self, fd: int) -> None:
         """Take over another memfd in place of the own, at the same address; its descriptor is owned here from now on.
@@ -303,8 +291,7 @@ class MemfdMapping(_Mapped):
 
     def punch(self, start: int, size: int) -> None:
         """Turn [start, start + size) into a hole: it reads as zeros and takes no memory."""
-        flags = _FALLOC_FL_PUNCH_HOLE | _FALLOC_FL_KEEP_SIZE
-        _check("fallocate FALLOC_FL_PUNCH_HOLE", _libc.fallocate(self.fd, flags, start, size))
+        files.punch_hole(self.fd, start, size)  # memfds always can
 
 
 class BufferMapping(_Mapped):
