@@ -11,23 +11,20 @@ from typing import Final
 
 import click
 from msgspec import Struct
-from rich.console import Console
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # benchmarks/ is no part of the installed package
 
-from benchmarks.support.measure import Setup, measure
+from benchmarks.support.compare import compare
+from benchmarks.support.measure import Setup
 from benchmarks.support.peers import Dirtylog, Peer, Terms
-from benchmarks.support.report import Host, encode, line, tables
 from benchmarks.support.script import run_script
 from benchmarks.support.workloads import Rounds
 from dirtylog.cli.options import SIZE
-from dirtylog.errors import UsageError
 from dirtylog.units import MIB
 
 FIRST: Final = MIB
 LAST: Final = 512 * MIB
 _LIMIT: Final = 0.3
-_FILE_WIDTH: Final = 140
 
 
 class Options(Struct, frozen=True):
@@ -52,29 +49,9 @@ class Options(Struct, frozen=True):
 )
 def command(runs: int, memory: tuple[int, ...], json_path: str | None) -> None:
     """Hand a running guest over to another process, and compare with copying it."""
-    for size in memory:
-        if size % MIB or size < LAST:
-            raise UsageError(
-                f"{size} bytes of RAM are not whole MiB, or fewer than 512", remedy="give --memory like 1G"
-            )
-    options = Options(runs, memory)
+    setups = [Setup(size, Rounds(FIRST, LAST), Terms(_LIMIT)) for size in memory]
     peers: list[Peer] = [Dirtylog("copied"), Dirtylog("handed over", shares=True)]
-    host = Host.this(peers)
-    progress = Console(stderr=True, highlight=False)
-    results = []
-    for size in memory:
-        setup = Setup(size, Rounds(FIRST, LAST), Terms(_LIMIT))
-        for number in range(1, runs + 1):
-            for peer in peers:
-                results.append(measure(peer, setup))
-                progress.print(f"{setup}, run {number} of {runs}: {line(results[-1])}", soft_wrap=True)
-    if json_path is not None:
-        with click.open_file(json_path, "wb") as file:
-            file.write(encode(host, options, results))
-    if json_path != "-":
-        console = Console(highlight=False, width=None if sys.stdout.isatty() else _FILE_WIDTH)
-        console.print(tables(results, ("copied", "handed over")))
-        console.print(str(host), soft_wrap=True)
+    compare(Options(runs, memory), setups, runs, peers, ("copied", "handed over"), json_path)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -12,23 +12,21 @@ from typing import Any, Final
 
 import click
 from msgspec import Struct
-from rich.console import Console
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # benchmarks/ is no part of the installed package
 
 from benchmarks.support.bare import SCHEMES
-from benchmarks.support.measure import Run, Setup, measure
+from benchmarks.support.compare import compare
+from benchmarks.support.measure import Setup
 from benchmarks.support.peers import QEMU, Dirtylog, Peer, Terms
-from benchmarks.support.report import Host, encode, line, tables
 from benchmarks.support.script import run_script
 from benchmarks.support.workloads import Idle, Pulses, Rounds, Workload
 from dirtylog.cli.options import DURATION, RATE, SIZE
 from dirtylog.errors import UsageError
-from dirtylog.units import MIB, parse_size
+from dirtylog.units import parse_size
 
 DEFAULT_RANGES: Final = ("1M-100M", "1M-512M")
 _PEERS: Final[dict[str, type[QEMU] | type[Dirtylog]]] = {"QEMU": QEMU, "dirtylog": Dirtylog}
-_FILE_WIDTH: Final = 140
 
 
 class Options(Struct, frozen=True):
@@ -149,41 +147,8 @@ def command(
     if not ranges and not pulses and not idle:
         ranges = tuple(RangeType().convert(text, None, None) for text in DEFAULT_RANGES)
     options = Options(ranges, pulses, idle, runs, memory, limit, channels, bandwidth, uri_scheme, watch, timeout)
-    _check(options)
     programs: list[Peer] = [program() for name, program in _PEERS.items() if name in (peers or _PEERS)]
-    host = Host.this(programs)
-    results = _run_all(options, programs)
-    if json_path is not None:
-        with click.open_file(json_path, "wb") as file:
-            file.write(encode(host, options, results))
-    if json_path != "-":
-        console = Console(highlight=False, width=None if sys.stdout.isatty() else _FILE_WIDTH)
-        console.print(tables(results, ("QEMU", "dirtylog")))
-        console.print(str(host), soft_wrap=True)
-
-
-def _check(options: Options) -> None:
-    for setup in options.setups():
-        if setup.memory % MIB or not setup.memory:
-            raise UsageError(f"{setup.memory} bytes of RAM are not whole MiB", remedy="give --memory like 1G or 512M")
-        if setup.workload.end > setup.memory:
-            raise UsageError(
-                f"the guest cannot have memory up to {setup.workload.end:#x} in {setup.memory:#x} bytes of RAM",
-                remedy="give more with --memory",
-            )
-
-
-def _run_all(options: Options, peers: Sequence[Peer]) -> list[Run]:
-    """In turn, so that whatever else the host does strikes both."""
-    progress = Console(stderr=True, highlight=False)
-    results = []
-    for setup in options.setups():
-        for number in range(1, options.runs + 1):
-            for peer in peers:
-                run = measure(peer, setup)
-                results.append(run)
-                progress.print(f"{setup}, run {number} of {options.runs}: {line(run)}", soft_wrap=True)
-    return results
+    compare(options, options.setups(), runs, programs, ("QEMU", "dirtylog"), json_path)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

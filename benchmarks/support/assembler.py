@@ -8,9 +8,9 @@ from typing import Final
 from benchmarks.support.compiler import find_compiler
 from dirtylog.errors import HostError
 from dirtylog.guests.sector import LOAD_ADDRESS
+from dirtylog.machine.boot import BOOT_SECTOR_SIZE
 
 _INCLUDED: Final = Path(__file__).parents[2] / "guests"
-_SECTOR_SIZE: Final = 512
 _SECONDS: Final = 60
 
 
@@ -32,6 +32,6 @@ def assemble_sector(source: Path) -> bytes:
         if result.returncode:
             raise HostError(f"{' '.join(command)} failed: {result.stderr.strip()}", remedy="is it GNU's, and for x86?")
         sector = path.read_bytes()
-    if len(sector) != _SECTOR_SIZE:
+    if len(sector) != BOOT_SECTOR_SIZE:
         raise HostError(f"{compiler} made {len(sector)} bytes of {source.name}", remedy="use gcc and GNU binutils")
     return sector
