@@ -47,14 +47,15 @@ class Channel:
     Attributes:
         peer: who the other side is, for messages.
         stage: how far the conversation has come, see `Protocol`.
+        passes_files: whether descriptors can be sent: over Unix sockets. There, long parts of files are not copied into
+            the socket, since Linux 6.5. Measured, that halves the sender's CPU time; over TCP's loopback it adds half.
     """
 
     def __init__(self, sock: socket.socket, role: Role) -> None:
         self._socket = sock
         self._protocol = Protocol(role)
         self._aborted = False
-        # Linux 6.5 on. Measured: half the sender's CPU on a Unix socket, half as much again over TCP's loopback.
-        self._sends_files = sock.family == socket.AF_UNIX
+        self.passes_files = sock.family == socket.AF_UNIX
         self.peer = "destination" if role is Role.SOURCE else "source"
         try:
             with self._io():
@@ -95,7 +96,7 @@ class Channel:
             for part in payload:
                 memory = memory_of(part)
                 total += len(memory)
-                if isinstance(part, FilePart) and self._sends_files and len(memory) >= _FILE_SIZE:
+                if isinstance(part, FilePart) and self.passes_files and len(memory) >= _FILE_SIZE:
                     self._send_buffers(buffers)
                     self._send_file(part)
                     buffers = []
@@ -112,11 +113,6 @@ class Channel:
         offset, end = part.offset, part.offset + len(part.memory)
         while offset < end:
             offset += os.sendfile(self._socket.fileno(), part.fd, offset, end - offset)
-
-    @property
-    def passes_files(self) -> bool:
-        """Whether descriptors can be sent: over Unix sockets."""
-        return self._socket.family == socket.AF_UNIX
 
     def send_files(self, files: Sequence[int]) -> None:
         """Send descriptors, right after the message that announces them."""

@@ -1,7 +1,7 @@
 """A machine in a file: written by a migration to ``file:PATH``, and run from there as often as one likes.
 
 Each page has its place in the file, whatever is sent when, so that a guest that writes while it is saved makes the file
-no longer. What is zero is a hole. `docs/wire-format.md` describes all of it byte by byte.
+no longer. What is zero is a hole. `docs/file-format.md` describes all of it byte by byte.
 
 The file is written beside its place, and moved there when it is complete and on the disk: at PATH there is a whole
 machine, the one that was there before, or nothing.
@@ -12,7 +12,7 @@ import struct
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Final, TypeVar, cast
+from typing import Final, TypeVar
 
 import msgspec
 import xxhash
@@ -49,6 +49,7 @@ _DESCRIPTION: Final = 4096
 _READ_SIZE: Final = 4 * MIB
 
 _M = TypeVar("_M", bound=Message)
+_T = TypeVar("_T")
 
 
 class Description(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -280,16 +281,16 @@ class MachineFile:
         if not 0 < description_size <= MAX_BODY or not 0 < state_size <= MAX_BODY:
             raise self._damaged("its parts have impossible lengths")
         raw = self._read(_DESCRIPTION, description_size)
-        description = cast("Description", self._decode(raw, Description))
+        description = self._decode(raw, Description)
         end = Layout(description.blocks).end
         if os.fstat(self._fd).st_size != end + state_size:
             raise self._damaged("it is shorter or longer than it says")
         state = self._read(end, state_size)
         if xxhash.xxh3_128_digest(raw + state) != digest:
             raise self._damaged("its description or its state has changed")
-        return description, cast("State", self._decode(state, State))
+        return description, self._decode(state, State)
 
-    def _decode(self, data: bytes, kind: type[msgspec.Struct]) -> msgspec.Struct:
+    def _decode(self, data: bytes, kind: type[_T]) -> _T:
         try:
             return msgspec.msgpack.decode(data, type=kind)
         except (msgspec.DecodeError, UnicodeDecodeError) as error:

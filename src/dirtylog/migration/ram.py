@@ -64,23 +64,27 @@ class DirtyRAM:
 
     def harvest(self) -> int:
         """Take over what was synced; how many pages were not to be sent before."""
-        before = self._to_send.count()
-        self._region.harvest_dirty(self._to_send, self._chunks)
+        fresh = self._region.harvest_dirty(self._to_send, self._chunks)
         holes, self._holes = self._holes, []
         for first, end in holes:
+            fresh -= self._to_send.count(first, end - first)
             self._to_send.clear(first, end - first)
-            self._harvest_hole(first, end)
-        return self._to_send.count() - before
+            fresh += self._harvest_hole(first, end)
+        return fresh
 
-    def _harvest_hole(self, first: int, end: int) -> None:
+    def _harvest_hole(self, first: int, end: int) -> int:
+        """Of what was announced as a hole, take what is data now, and remember the rest; how many pages it took."""
+        taken = 0
         for start, data_end in self._block.mapping.extents(first * PAGE_SIZE, end * PAGE_SIZE):
             data = start // PAGE_SIZE
             if data > first:
                 self._holes.append((first, data))
             first = -(-data_end // PAGE_SIZE)
             self._to_send.set(data, first - data)
+            taken += first - data
         if first < end:
             self._holes.append((first, end))
+        return taken
 
     def batches(self) -> Iterator[Batch]:
         """Everything to be sent now, ascending."""
