@@ -1,7 +1,7 @@
 """What the tests of trackers behind listeners run in: a memory, a listener under test, and somebody who writes."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Final, Protocol
@@ -17,12 +17,12 @@ from unicorn import x86_const as x86
 from dirtylog.errors import HostError
 from dirtylog.linux.kvm import KVM
 from dirtylog.linux.mapping import MemfdMapping
-from dirtylog.memory import AddressSpace, FlatRange, Memory, MemoryRegion, MemoryRegionSection
+from dirtylog.memory import AddressSpace, FlatRange, Memory, MemoryRegion
 from dirtylog.testing import Differences
 from dirtylog.testing.mechanisms import MECHANISMS
 from dirtylog.testing.programs import CODE, LIST, LIST_END, WRITE_LIST, assembled
-from dirtylog.trackers import KVMLogMode, Tracker, TrackerListener, tracker_listener
-from dirtylog.trackers.watch import TRACKERS
+from dirtylog.trackers import KVMLogMode, TrackerListener
+from dirtylog.trackers.own_memory import own_memory_listener
 from dirtylog.units import PAGE_SIZE
 
 
@@ -46,22 +46,12 @@ class HostWorld:
     """`ModelWorld` whose trackers watch blocks of this process's memory, to which it writes itself."""
 
     def __init__(self, mechanism: str, pages: int) -> None:
-        self._mechanism = mechanism
         self.memory = Memory()
         self.ram: MemoryRegion = self.memory.ram("ram", pages * PAGE_SIZE)
         self.root = self.memory.container("root")
         self.system: AddressSpace = self.memory.address_space("system", self.root)
-        self.listener: TrackerListener = tracker_listener(
-            self._attach,
-            lambda tracker: None,
-            clears_on_collect=bool(MECHANISMS[mechanism].differences.clears_on_collect),
-            whole_blocks=True,
-        )
+        self.listener: TrackerListener = own_memory_listener(mechanism, nullcontext)
         self.memory.register(self.listener, self.system)
-
-    def _attach(self, section: MemoryRegionSection) -> Tracker | None:
-        block = section.region.block
-        return None if block is None else TRACKERS[self._mechanism](block.array)
 
     def write(self, addresses: Sequence[int]) -> None:
         for address in addresses:
