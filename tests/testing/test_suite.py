@@ -20,19 +20,15 @@ CLEARS = Differences(clears_on_collect="it is made so")
 STARTS_SET = Differences(starts_all_set="it is made so")
 EVERYTHING = Differences(reports_everything="it is made so")
 SIZES = (1, 65, 130)
-ROUNDS = 30  # the model is slow
 
 
 class TestModel(TrackerSuite):
-    rounds = ROUNDS
-
     def make(self, pages: int) -> Case:
         return case_of(ModelTracker, pages)
 
 
 class TestModelThatClearsOnCollect(TrackerSuite):
     differences = CLEARS
-    rounds = ROUNDS
 
     def make(self, pages: int) -> Case:
         return case_of(ModelTracker, pages, clears_on_collect=True)
@@ -40,7 +36,6 @@ class TestModelThatClearsOnCollect(TrackerSuite):
 
 class TestModelThatStartsAllSet(TrackerSuite):
     differences = STARTS_SET
-    rounds = ROUNDS
 
     def make(self, pages: int) -> Case:
         return case_of(ModelTracker, pages, starts_all_set=True)
@@ -57,7 +52,6 @@ class HugePages(ModelTracker):
 
 class TestModelOfHugePages(TrackerSuite):
     differences = Differences(reports_more="it is made so")
-    rounds = ROUNDS
 
     def make(self, pages: int) -> Case:
         return case_of(HugePages, pages)
