@@ -32,7 +32,7 @@ from dirtylog.units import MIB, PAGE_SIZE, format_duration, format_rate, format_
 AT_SYNC: Final = "at sync"
 _PLACES: Final = ("low", "high")
 _HEADINGS: Final = ("cleared", "converged", "total", "of at sync", "predicted", "/ real", "downtime", "sent", "written")
-_FILE_WIDTH: Final = 150
+_FILE_WIDTH: Final = 230
 
 
 class Options(Struct, frozen=True):
