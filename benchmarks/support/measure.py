@@ -243,7 +243,7 @@ def _migrate(peer: Peer, setup: Setup, source: Guest, destination: Guest, uri: s
         load=load,
         steal=stolen() - stolen_before,
         wall=wall,
-        stopped=_seconds(resume) - _seconds(end.stop) if end.stop is not None and resume is not None else None,
+        stopped=seconds_of(resume) - seconds_of(end.stop) if end.stop is not None and resume is not None else None,
         source=before[0].until_now(),
         destination=before[1].until_now() if arrived else None,
         pace=_pace(made, (destination if arrived else source).rounds(), looked),
@@ -319,7 +319,7 @@ def _follow(source: Guest, deadline: float) -> _End:
         elif event.event == "STOP":
             stop = event
         elif event.event == "MIGRATION":
-            status = _status(event)
+            status = status_of(event)
             if status == "completed":  # perhaps in spite of the cancel
                 return _End(stop, None)
             if status == "cancelled" and unfinished is not None:
@@ -339,13 +339,19 @@ def _final_info(source: Guest) -> dict[str, Any]:
     return source.until(complete, _ARRIVAL_SECONDS, "say how long its migration took")
 
 
-def _status(event: Event) -> str:
+def status_of(event: Event) -> str:
+    """What a MIGRATION event tells.
+
+    Raises:
+        ProtocolError: nothing.
+    """
     if isinstance(event.data, dict) and isinstance(event.data.get("status"), str):
         return str(event.data["status"])
     raise ProtocolError("the peer sent a MIGRATION event without a status")
 
 
-def _seconds(event: Event) -> float:
+def seconds_of(event: Event) -> float:
+    """When it happened, by the clock of all."""
     return event.timestamp.seconds + event.timestamp.microseconds / 1e6
 
 

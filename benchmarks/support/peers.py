@@ -115,7 +115,8 @@ def _what(launch: Launch) -> list[str]:
     return [str(launch.files.image)]
 
 
-def _switch_on(guest: Guest, *capabilities: str) -> None:
+def switch_on(guest: Guest, *capabilities: str) -> None:
+    """Have migrations to or from a guest use some capabilities."""
     states = [{"capability": name, "state": True} for name in capabilities]
     guest.qmp.execute("migrate-set-capabilities", capabilities=states)
 
@@ -151,7 +152,7 @@ class QEMU:
     def prepare(self, source: Guest, destination: Guest, terms: Terms) -> None:
         """Its default limit is 128 MiB/s; with 0 it would send nothing."""
         for guest in (source, destination):
-            _switch_on(guest, "events", *(["multifd"] if terms.channels > 1 else []))
+            switch_on(guest, "events", *(["multifd"] if terms.channels > 1 else []))
             guest.qmp.execute("migrate-set-parameters", multifd_channels=terms.channels)
         source.qmp.execute(
             "migrate-set-parameters",
@@ -225,7 +226,7 @@ class Dirtylog:
         """The destination goes by what the source tells it; events come anyway."""
         del destination
         if terms.channels > 1:
-            _switch_on(source, "multifd")
+            switch_on(source, "multifd")
             source.qmp.execute("migrate-set-parameters", multifd_channels=terms.channels)
         if self._shares:
             source.qmp.execute("migrate-set-parameters", mode="cpr-transfer")

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Self
+from typing import Final, Generic, Self, TypeVar
 
 import msgspec
 from msgspec import Struct
@@ -19,6 +19,9 @@ from benchmarks.support.peers import Peer
 from dirtylog.units import format_duration, format_size
 
 ABSENT: Final = "-"
+
+R = TypeVar("R")
+"""A run of some kind."""
 
 
 class Summary(Struct, frozen=True):
@@ -41,7 +44,7 @@ class Summary(Struct, frozen=True):
 
 
 @dataclass(frozen=True, slots=True)
-class Metric:
+class Metric(Generic[R]):
     """A row of the table.
 
     Attributes:
@@ -52,11 +55,11 @@ class Metric:
     """
 
     name: str
-    values: Callable[[Run], Sequence[float | None]]
+    values: Callable[[R], Sequence[float | None]]
     unit: Callable[[float], str]
     compared: bool = True
 
-    def summary(self, runs: Sequence[Run]) -> Summary | None:
+    def summary(self, runs: Sequence[R]) -> Summary | None:
         """Of those runs that have it."""
         return Summary.of([value for run in runs for value in self.values(run) if value is not None])
 
@@ -69,7 +72,8 @@ def _cpu(side: Side | None) -> float | None:
     return None if side is None else side.cpu.total
 
 
-def _count(value: float) -> str:
+def count_text(value: float) -> str:
+    """A number of things, for people."""
     return f"{value:,.0f}"
 
 
@@ -100,7 +104,7 @@ def _predicted_share(run: Run) -> float | None:
     return None if predicted is None else predicted / run.total
 
 
-METRICS: Final = (
+METRICS: Final[tuple[Metric[Run], ...]] = (
     Metric("total time", lambda run: [run.total], format_duration),
     Metric("predicted total time", lambda run: [_predicted(run)], format_duration),
     Metric("predicted / real, run by run", lambda run: [_predicted_share(run)], _ratio),
@@ -117,9 +121,9 @@ METRICS: Final = (
     Metric("speed, of the bare copy's", lambda run: [_share_of_bare_speed(run)], _ratio),
     Metric("speed, of the limit", lambda run: [run.share_of_limit], _fine_ratio),
     Metric("bytes sent", lambda run: [run.bytes], format_size),
-    Metric("pages sent", lambda run: [run.pages], _count),
-    Metric("zero pages", lambda run: [run.zero_pages], _count),
-    Metric("passes", lambda run: [run.passes], _count),
+    Metric("pages sent", lambda run: [run.pages], count_text),
+    Metric("zero pages", lambda run: [run.zero_pages], count_text),
+    Metric("passes", lambda run: [run.passes], count_text),
     Metric("CPU time, source", lambda run: [_cpu(run.source)], format_duration),
     Metric("CPU time, dest.", lambda run: [_cpu(run.destination)], format_duration),
     Metric("memory beyond guest RAM, source", lambda run: [_beyond_guest(run.source)], format_size),
@@ -173,17 +177,28 @@ def tables(runs: Sequence[Run], peers: tuple[str, str]) -> Group:
 
 def _table(setup: str, runs: Sequence[Run], peers: tuple[str, str]) -> Table:
     left, right = ([run for run in runs if (run.setup, run.peer) == (setup, peer)] for peer in peers)
-    result = Table(box=box.SIMPLE_HEAD, header_style="bold", show_edge=False, title=setup, title_justify="left")
+    result = empty_table(setup, peers)
+    result.add_row("runs that converged", _converged(left), _converged(right), "")
+    add_rows(result, METRICS, completed(left), completed(right))
+    return result
+
+
+def empty_table(title: str, peers: tuple[str, str]) -> Table:
+    """A table for `add_rows`."""
+    result = Table(box=box.SIMPLE_HEAD, header_style="bold", show_edge=False, title=title, title_justify="left")
     result.add_column("median [min .. max]", no_wrap=True)
     for name in (*peers, f"{peers[1]} / {peers[0]}"):
         result.add_column(name, justify="right", no_wrap=True)
-    result.add_row("runs that converged", _converged(left), _converged(right), "")
-    for metric in METRICS:
-        cells = _compare(metric, completed(left), completed(right))
-        if any(cell != ABSENT for cell in cells):
-            result.add_row(metric.name, *cells)
-    result.add_section()
     return result
+
+
+def add_rows(table: Table, metrics: Sequence[Metric[R]], left: Sequence[R], right: Sequence[R]) -> None:
+    """A row for each metric that either side has."""
+    for metric in metrics:
+        cells = _compare(metric, left, right)
+        if any(cell != ABSENT for cell in cells):
+            table.add_row(metric.name, *cells)
+    table.add_section()
 
 
 def line(run: Run) -> str:
@@ -196,7 +211,7 @@ def line(run: Run) -> str:
     return text
 
 
-def encode(host: Host, setup: Struct, runs: Sequence[Run]) -> bytes:
+def encode(host: Host, setup: Struct, runs: Sequence[Struct]) -> bytes:
     """All of it as JSON: times in seconds, sizes in bytes."""
     return msgspec.json.format(msgspec.json.encode({"host": host, "setup": setup, "runs": runs})) + b"\n"
 
@@ -210,11 +225,11 @@ def _converged(runs: Sequence[Run]) -> str:
     return f"{len(completed(runs))} of {len(runs)}"
 
 
-def _compare(metric: Metric, left: Sequence[Run], right: Sequence[Run]) -> tuple[str, str, str]:
+def _compare(metric: Metric[R], left: Sequence[R], right: Sequence[R]) -> tuple[str, str, str]:
     one, other = metric.summary(left), metric.summary(right)
     ratio = f"{other.median / one.median:.2f}" if one is not None and other is not None and one.median else ABSENT
     return _show(metric, one), _show(metric, other), ratio if metric.compared else ABSENT
 
 
-def _show(metric: Metric, summary: Summary | None) -> str:
+def _show(metric: Metric[R], summary: Summary | None) -> str:
     return ABSENT if summary is None else summary.show(metric.unit)

@@ -48,10 +48,10 @@ from dirtylog.migration import (
     Parameters,
     Status,
     connect,
+    letting_go,
     parse_address,
 )
 from dirtylog.migration import channel as channel_module
-from dirtylog.migration import outgoing as outgoing_module
 from dirtylog.migration.messages import (
     HEAD,
     MAGIC,
@@ -356,7 +356,7 @@ _POINTS += [(point, True) for point in SHARED_DESTINATION if point.moment is not
 def test_abort_ends_it_until_the_guest_is_handed_over(
     point: Checkpoint, shared: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(outgoing_module, "_GONE_TIMEOUT", 0.02)
+    monkeypatch.setattr(letting_go, "_GONE_TIMEOUT", 0.02)
     address = parse_address(f"unix:{tmp_path}/x")
     with (
         fake_machine() as source,

@@ -14,6 +14,7 @@ from dirtylog.linux.mapping import Contents
 from dirtylog.memory import RAMBlock
 from dirtylog.migration import Parameters
 from dirtylog.migration import lanes as lanes_module
+from dirtylog.migration.batch import Batch, page_parts, runs_of
 from dirtylog.migration.channel import Channel
 from dirtylog.migration.economy import Way
 from dirtylog.migration.encoding import SentCopies
@@ -22,7 +23,7 @@ from dirtylog.migration.lanes import Lanes, senders
 from dirtylog.migration.messages import Failed, Join, Joined, Message, Pages, PassDone, PassEnd
 from dirtylog.migration.parameters import Compression
 from dirtylog.migration.protocol import Role
-from dirtylog.migration.ram import Batch, IncomingRAM, page_parts, runs_of
+from dirtylog.migration.ram import IncomingRAM
 from dirtylog.migration.sender import Sender
 from dirtylog.units import MIB, PAGE_SIZE
 

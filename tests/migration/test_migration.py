@@ -28,9 +28,16 @@ from support.waiting import Task, wait_until
 from dirtylog.errors import CancelledError, DirtylogError, ProtocolError, RefusedError, UsageError
 from dirtylog.machine import RunState
 from dirtylog.memory import Client, MemoryListener, MemoryRegionSection
-from dirtylog.migration import IncomingMigration, Listener, OutgoingMigration, Parameters, Status, parse_address
+from dirtylog.migration import (
+    IncomingMigration,
+    Listener,
+    OutgoingMigration,
+    Parameters,
+    Status,
+    letting_go,
+    parse_address,
+)
 from dirtylog.migration import lanes as lanes_module
-from dirtylog.migration import outgoing as outgoing_module
 from dirtylog.migration.economy import Way
 from dirtylog.migration.parameters import Compression
 from dirtylog.migration.protocol import Role
@@ -533,7 +540,7 @@ _CANCELLED += [(point, _MANY) for point in (*_WHOLE, *SIDE) if point.moment is n
 def test_cancel_at_any_moment_leaves_the_guest_with_one_owner(  # M1, M2
     stack: ExitStack, unix: str, point: Checkpoint, parameters: Parameters, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(outgoing_module, "_GONE_TIMEOUT", 0.02)
+    monkeypatch.setattr(letting_go, "_GONE_TIMEOUT", 0.02)
     source, destination = _machine(stack, running=True), _machine(stack)
     custody = Custody(source, destination)
     agreed: list[bool] = []

@@ -37,6 +37,7 @@ from dirtylog.migration import (
     OutgoingMigration,
     Parameters,
     Status,
+    letting_go,
     parse_address,
 )
 from dirtylog.migration import channel as channel_module
@@ -49,7 +50,7 @@ _VERIFY = Parameters(verify=True)
 @pytest.fixture(autouse=True)
 def _short_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     """The destinations here are threads of a process that lives: there is no point in waiting for its end."""
-    monkeypatch.setattr(outgoing_module, "_GONE_TIMEOUT", 0.02)
+    monkeypatch.setattr(letting_go, "_GONE_TIMEOUT", 0.02)
 
 
 @pytest.fixture

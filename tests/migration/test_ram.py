@@ -21,8 +21,9 @@ from dirtylog.memory import (
     TrackingReason,
 )
 from dirtylog.migration import ram as ram_module
+from dirtylog.migration.batch import Batch, runs_of
 from dirtylog.migration.messages import Pages, ZeroPages
-from dirtylog.migration.ram import BATCH_PAGES, Batch, DirtyRAM, IncomingRAM, page_views, runs_of
+from dirtylog.migration.ram import BATCH_PAGES, DirtyRAM, IncomingRAM, page_views
 from dirtylog.trackers import KVMLogMode
 from dirtylog.units import KIB, MIB, PAGE_SIZE
 

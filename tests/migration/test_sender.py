@@ -9,11 +9,12 @@ from support.economies import WAYS, Fickle, Fixed
 
 from dirtylog.linux.mapping import Contents, memory_of
 from dirtylog.memory import RAMBlock
+from dirtylog.migration.batch import Batch, page_parts, runs_of
 from dirtylog.migration.channel import Channel
 from dirtylog.migration.economy import TELLING, Economy, Way
 from dirtylog.migration.encoding import Compressor, Rows, SentCopies
 from dirtylog.migration.messages import EncodedPages, Message, Pages, ZeroPages, encode
-from dirtylog.migration.ram import Batch, IncomingRAM, page_parts, runs_of
+from dirtylog.migration.ram import IncomingRAM
 from dirtylog.migration.sender import Sender, Sent
 from dirtylog.units import PAGE_SIZE
 

@@ -23,6 +23,8 @@ from dirtylog.units import MIB
 
 _POLL_SECONDS: Final = 0.1
 _ENDED: Final = frozenset({"completed", "failed", "cancelled"})
+_PAUSED: Final = "postcopy-paused"
+_HANDED_OVER: Final = "postcopy-"
 
 
 @click.command("migrate")
@@ -78,6 +80,16 @@ _ENDED: Final = frozenset({"completed", "failed", "cancelled"})
     is_flag=True,
     help="Hand memory over to a process on this host without copying it, whatever its size; for unix:PATH.",
 )
+@click.option(
+    "--postcopy", is_flag=True, help="Hand the guest over at once, and send what it lacks while it runs there."
+)
+@click.option(
+    "--postcopy-after",
+    type=click.IntRange(min=1),
+    metavar="PASSES",
+    help="Do so if it has not converged after so many passes.",
+)
+@click.option("--resume", is_flag=True, help="Go on with --postcopy whose connection was lost; see 'dirtylog recover'.")
 @click.option("--verify", is_flag=True, help="Compare a digest of all memory on both sides before the guest moves.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON, and no progress.")
 def command(
@@ -94,6 +106,9 @@ def command(
     auto_converge: bool,
     dirty_limit: int | None,
     local: bool,
+    postcopy: bool,
+    postcopy_after: int | None,
+    resume: bool,
     verify: bool,
     as_json: bool,
 ) -> None:
@@ -101,7 +116,8 @@ def command(
 
     URI is what the other side was given with 'dirtylog run --incoming': unix:PATH or tcp:HOST:PORT. Or it is file:PATH,
     from where 'dirtylog run --incoming file:PATH' runs it later. The guest runs on meanwhile, and stays where it is if
-    this fails, or is ended with Ctrl-C.
+    this fails, or is ended with Ctrl-C. With --postcopy it has moved before its memory has: if the connection is lost
+    then, it waits for what it lacks.
     """
     address = parse_address(uri)
     if local:
@@ -114,13 +130,20 @@ def command(
         verify=verify,
         share_memory=local,
         channels=channels,
+        postcopy=postcopy or postcopy_after is not None,
+        postcopy_after=postcopy_after or 0,
         compression=Compression(compression),
         delta_cache=delta_cache,
         **_slowdown(dirty_limit, auto_converge=auto_converge),
     )
     console = Console(quiet=as_json, highlight=False, markup=False, emoji=False)
     with QMPClient(qmp_path) as qmp, interrupts(signal.SIGINT) as interrupted:
-        _begin(qmp, uri, parameters)
+        if resume:
+            qmp.execute("migrate", uri=uri, resume=True)
+        else:
+            _begin(qmp, uri, parameters)
+            if postcopy:
+                qmp.execute("migrate-start-postcopy")
         info = _follow(qmp, console, interrupted)
         _check(qmp, info)
     if as_json:
@@ -168,6 +191,7 @@ def _begin(qmp: QMPClient, uri: str, parameters: Parameters) -> None:
         multifd_compression="none" if parameters.compression is Compression.NONE else "zstd",
         x_clear_chunk=parameters.clear_chunk,
         x_verify=parameters.verify,
+        x_postcopy_after=parameters.postcopy_after,
         **values,
     )
     on = {
@@ -175,6 +199,7 @@ def _begin(qmp: QMPClient, uri: str, parameters: Parameters) -> None:
         "xbzrle": bool(parameters.delta_cache),
         "auto-converge": parameters.slowdown is Slowdown.AUTO_CONVERGE,
         "dirty-limit": parameters.slowdown is Slowdown.DIRTY_LIMIT,
+        "postcopy-ram": parameters.postcopy,
     }
     qmp.execute(
         "migrate-set-capabilities",
@@ -210,10 +235,12 @@ def _follow(qmp: QMPClient, console: Console, interrupted: threading.Event) -> M
             elif now != shown:
                 console.print(progress_line(info), soft_wrap=True)
             shown = now
-            if info.status in _ENDED:
+            if info.status in _ENDED or (info.status == _PAUSED and info.error_desc is not None):
                 return info
             if interrupted.is_set():
                 interrupted.clear()
+                if info.status.startswith(_HANDED_OVER):
+                    raise CancelledError("the migration goes on, unwatched: the guest runs on the destination already")
                 qmp.execute("migrate_cancel")
             qmp.next_event(_POLL_SECONDS)
 
@@ -222,6 +249,11 @@ def _check(qmp: QMPClient, info: MigrationInfo) -> None:
     """Raise if the migration did not complete, with what became of the guest."""
     if info.status == "completed":
         return
+    if info.status == _PAUSED:
+        raise PeerError(
+            f"the connection was lost, and the guest waits where it is for memory that is here: {info.error_desc}",
+            remedy="have the destination wait with 'dirtylog recover', then go on with 'dirtylog migrate --resume'",
+        )
     guest = f"the guest is {qmp.execute('query-status')['status']} on the source"
     if info.status == "cancelled":
         never = info.x_verdict is not None and info.x_verdict.converges is False

@@ -65,6 +65,9 @@ def report(info: MigrationInfo) -> RenderableType:
     ]
     if info.x_downtime_us is not None:
         totals.insert(1, ("downtime", format_duration(info.x_downtime_us / 1e6)))
+    if info.ram.postcopy_bytes:
+        totals.append(("sent after the handover", format_size(info.ram.postcopy_bytes)))
+        totals.append(("pages it waited for", f"{info.ram.postcopy_requests:,}"))
     throttle = max((one.throttle for one in info.x_passes), default=0)
     if throttle:
         totals.append(("highest throttle", f"{throttle} %"))

@@ -47,7 +47,8 @@ class Controller:
         rate_meter: tells how fast it writes.
         settings: of the migration under way and of later ones.
         outgoing: the last migration away from here, or None.
-        migration_observers: told each new status of a migration away from here.
+        incoming: the migration that brings the machine here, or brought it, or None.
+        migration_observers: told each new status of a migration away from here, or to here.
         pass_observers: told the number of each pass of one.
         shutdown_observers: told by `wait` why it returns.
     """
@@ -63,7 +64,7 @@ class Controller:
         self.shutdown_observers: list[Callable[[ShutdownCause], None]] = []
         self._lock = threading.Lock()
         self._threads: list[threading.Thread] = []
-        self._incoming: IncomingMigration | IncomingFile | None = None
+        self.incoming: IncomingMigration | IncomingFile | None = None
         self._endings: SimpleQueue[tuple[ShutdownCause, DirtylogError | None]] = SimpleQueue()
         machine.observers.append(self._machine_changed)
 
@@ -90,9 +91,9 @@ class Controller:
     def close(self) -> None:
         """Cancel migrations, end the machine, give its memory up; idempotent."""
         if self.outgoing is not None:
-            self.outgoing.cancel()
-        if self._incoming is not None:
-            self._incoming.abort()
+            self.outgoing.close()
+        if self.incoming is not None:
+            self.incoming.abort()
         try:
             for thread in self._threads:
                 thread.join(_JOIN_TIMEOUT)
@@ -102,19 +103,21 @@ class Controller:
         finally:
             self.machine.close()
 
-    def migrate(self, uri: str) -> None:
-        """Begin to migrate the machine away. It has its first status when this returns.
+    def migrate(self, uri: str, *, resume: bool = False) -> None:
+        """Begin to migrate the machine away, or go on with that. It has its first status when this returns.
 
         Raises:
             UsageError: the address is none, or the machine is not in a state to be migrated.
         """
         address = parse_address(uri)
+        if resume:
+            self._outgoing("resumed").resume(address)
+            return
         begun = threading.Event()
 
         def observe(status: Status) -> None:
             try:
-                for observer in tuple(self.migration_observers):
-                    observer(status)
+                self._observe_migration(status)
             finally:
                 begun.set()
 
@@ -131,6 +134,49 @@ class Controller:
         """Cancel the migration away from here, if there is one and it has not let go of the guest."""
         if self.outgoing is not None:
             self.outgoing.cancel()
+
+    def start_postcopy(self) -> None:
+        """See `OutgoingMigration.start_postcopy`.
+
+        Raises:
+            UsageError: the migration under way cannot do that, or there is none.
+        """
+        self._outgoing("handed over").start_postcopy()
+
+    def continue_migration(self) -> None:
+        """See `OutgoingMigration.go_on`.
+
+        Raises:
+            UsageError: no migration waits for it.
+        """
+        self._outgoing("continued").go_on()
+
+    def pause_migration(self) -> None:
+        """Cut the connections of postcopy that is under way, from here or to here.
+
+        Raises:
+            UsageError: there is none.
+        """
+        if isinstance(self.incoming, IncomingMigration) and self.incoming.owed:
+            self.incoming.pause()
+        else:
+            self._outgoing("paused").pause()
+
+    def recover_migration(self, uri: str) -> None:
+        """Wait for the source at another address, after postcopy to here lost its connections.
+
+        Raises:
+            UsageError: it did not.
+            HostError: the address cannot be listened at.
+        """
+        if not isinstance(self.incoming, IncomingMigration):
+            raise UsageError("no migration to here can be recovered")
+        self.incoming.recover(lambda: Listener(parse_address(uri)))
+
+    def _outgoing(self, what: str) -> OutgoingMigration:
+        if self.outgoing is None:
+            raise UsageError(f"there is no migration to be {what}")
+        return self.outgoing
 
     def change_parameters(self, **changes: Any) -> None:
         """Change some of the parameters, of a migration under way too.
@@ -176,8 +222,8 @@ class Controller:
     def receive(self, listener: Listener) -> None:
         """Wait for a machine to arrive here; `wait` raises if that fails."""
         with self._lock:
-            incoming = IncomingMigration(self.machine, listener)
-            self._incoming = incoming
+            incoming = IncomingMigration(self.machine, listener, observe=self._observe_migration)
+            self.incoming = incoming
             self._start("incoming-migration", lambda: self._take_over(incoming))
 
     def receive_file(self, path: str) -> None:
@@ -188,12 +234,16 @@ class Controller:
         """
         with self._lock:
             incoming = IncomingFile(self.machine, path)
-            self._incoming = incoming
+            self.incoming = incoming
             self._start("incoming-file", lambda: self._take_over(incoming))
 
     @property
     def _is_migrating(self) -> bool:
         return self.outgoing is not None and not self.outgoing.ended
+
+    def _observe_migration(self, status: Status) -> None:
+        for observer in tuple(self.migration_observers):
+            observer(status)
 
     def _pass_began(self, number: int) -> None:
         for observer in tuple(self.pass_observers):
@@ -204,6 +254,8 @@ class Controller:
             raise UsageError("a migration is under way", remedy="wait for it, or cancel it with migrate_cancel")
         if self.machine.state is RunState.INMIGRATE:
             raise UsageError("the guest has not arrived here yet", remedy="wait for the incoming migration to end")
+        if isinstance(self.incoming, IncomingMigration) and self.incoming.owed:
+            raise UsageError("some of the guest's memory has not arrived here yet", remedy="wait for it")
         if self.machine.state is RunState.POSTMIGRATE:
             raise UsageError(
                 "the guest was migrated away already", remedy="'cont' takes it back if it does not run there"

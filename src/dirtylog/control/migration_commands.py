@@ -12,11 +12,12 @@ from typing import Annotated, Any, Final, Literal
 from msgspec import UNSET, Meta, Struct, UnsetType
 
 from dirtylog.control.controller import Controller
+from dirtylog.control.incoming_info import IncomingInfo, describe_incoming
 from dirtylog.control.migration_info import MigrationInfo, describe, ms
 from dirtylog.control.qmp import Arguments, CommandRegistry, NoArguments
 from dirtylog.control.settings import Capability
 from dirtylog.errors import UsageError
-from dirtylog.migration import Compression
+from dirtylog.migration import Compression, IncomingMigration
 from dirtylog.units import PAGE_SIZE
 
 _MILLISECOND: Final = 1e-3
@@ -53,10 +54,26 @@ _COMPRESSIONS: Final = {"none": Compression.NONE, "zstd": Compression.AUTO}
 
 
 class MigrateArguments(Arguments, frozen=True):
-    """Arguments of migrate. ``detach`` has no meaning in QMP, and is taken as QEMU takes it."""
+    """Arguments of migrate. ``resume``: go on with postcopy that was paused.
+
+    ``detach`` has no meaning in QMP, and is taken as QEMU takes it.
+    """
 
     uri: str
     detach: bool | None = None
+    resume: bool = False
+
+
+class RecoverArguments(Arguments, frozen=True):
+    """Arguments of migrate-recover."""
+
+    uri: str
+
+
+class ContinueArguments(Arguments, frozen=True):
+    """Arguments of migrate-continue: the state that the migration waits in."""
+
+    state: Literal["pre-switchover"]
 
 
 class MigrationParameters(Arguments, frozen=True, omit_defaults=True):
@@ -81,6 +98,7 @@ class MigrationParameters(Arguments, frozen=True, omit_defaults=True):
     x_vcpu_dirty_limit_period: Annotated[int, Meta(ge=1, le=1000)] | UnsetType = UNSET
     x_clear_chunk: Annotated[int, Meta(ge=1)] | UnsetType = UNSET
     x_verify: bool | UnsetType = UNSET
+    x_postcopy_after: Annotated[int, Meta(ge=0)] | UnsetType = UNSET
 
 
 _NAMES: Final = {
@@ -91,6 +109,7 @@ _NAMES: Final = {
     "vcpu_dirty_limit": "vcpu_dirty_limit",
     "x_clear_chunk": "clear_chunk",
     "x_verify": "verify",
+    "x_postcopy_after": "postcopy_after",
 }
 """Fields of `MigrationParameters` whose values `Parameters` has as they are, by another name."""
 
@@ -125,8 +144,13 @@ class MigrationCommands:
 
     def register(self, registry: CommandRegistry) -> None:
         """Add them all to a registry."""
-        registry.add("migrate", MigrateArguments, lambda arguments: self._controller.migrate(arguments.uri))
-        registry.add("migrate_cancel", NoArguments, lambda _: self._controller.cancel_migration())
+        controller = self._controller
+        registry.add("migrate", MigrateArguments, lambda given: controller.migrate(given.uri, resume=given.resume))
+        registry.add("migrate_cancel", NoArguments, lambda _: controller.cancel_migration())
+        registry.add("migrate-start-postcopy", NoArguments, lambda _: controller.start_postcopy())
+        registry.add("migrate-continue", ContinueArguments, lambda _: controller.continue_migration())
+        registry.add("migrate-pause", NoArguments, lambda _: controller.pause_migration())
+        registry.add("migrate-recover", RecoverArguments, lambda given: controller.recover_migration(given.uri))
         registry.add("migrate-set-parameters", MigrationParameters, self._set_parameters)
         registry.add("query-migrate-parameters", NoArguments, self._query_parameters)
         registry.add("migrate-set-capabilities", CapabilitiesArguments, self._set_capabilities)
@@ -177,9 +201,11 @@ class MigrationCommands:
         on = {capability.value for capability in self._controller.settings.capabilities}
         return [CapabilityStatus(name, name in on) for name in CAPABILITIES]
 
-    def _query_migrate(self, _: NoArguments) -> MigrationInfo | None:
-        outgoing = self._controller.outgoing
-        return None if outgoing is None else describe(outgoing)
+    def _query_migrate(self, _: NoArguments) -> MigrationInfo | IncomingInfo | None:
+        outgoing, incoming = self._controller.outgoing, self._controller.incoming
+        if outgoing is not None:
+            return describe(outgoing)
+        return describe_incoming(incoming) if isinstance(incoming, IncomingMigration) else None
 
 
 def _has(capability: str) -> bool:

@@ -23,7 +23,8 @@ _MEGABIT: Final = 1e6
 class RAMInfo(Struct, frozen=True, rename="kebab"):
     """MigrationStats: bytes, pages where the name says so, rates a second.
 
-    What was sent while the guest ran (precopy-bytes), and while it stood still (downtime-bytes), add up to transferred.
+    What was sent while the guest ran here (precopy-bytes), while it stood still (downtime-bytes), and while it ran
+    there (postcopy-bytes) add up to transferred. postcopy-requests: pages that it waited for there.
     multifd-bytes is how much of that went through several channels: all or nothing.
     """
 
@@ -41,6 +42,8 @@ class RAMInfo(Struct, frozen=True, rename="kebab"):
     multifd_bytes: int
     precopy_bytes: int
     downtime_bytes: int
+    postcopy_bytes: int = 0
+    postcopy_requests: int = 0
 
 
 class XBZRLECacheInfo(Struct, frozen=True, rename="kebab"):
@@ -150,7 +153,7 @@ def describe(outgoing: OutgoingMigration) -> MigrationInfo:
         dirty_limit_throttle_time_per_round=_us(max(limit.penalty for limit in limits)) if limits else None,
         dirty_limit_ring_full_time=_ring_full_us(limits) if limits else None,
         x_verdict=_verdict_info(statistics.verdict),
-        error_desc=str(outgoing.error) if status is Status.FAILED else None,
+        error_desc=_error(outgoing, status),
         ram=_ram_info(outgoing, passes),
         xbzrle_cache=_cache_info(outgoing.agreed.delta_cache, statistics),
         x_passes=[_pass_info(one) for one in passes],
@@ -160,6 +163,12 @@ def describe(outgoing: OutgoingMigration) -> MigrationInfo:
         x_verify_us=_us(statistics.verify_seconds) if statistics.digests else None,
         x_digests={name: digest.hex() for name, digest in statistics.digests.items()} or None,
     )
+
+
+def _error(outgoing: OutgoingMigration, status: Status) -> str | None:
+    if status in (Status.POSTCOPY_PAUSED, Status.POSTCOPY_RECOVER):
+        return str(outgoing.lost)
+    return str(outgoing.error) if status is Status.FAILED else None
 
 
 def _ring_full_us(limits: Sequence[DirtyLimit]) -> int:
@@ -211,8 +220,10 @@ def _ram_info(outgoing: OutgoingMigration, passes: Sequence[PassStatistics]) -> 
         page_size=PAGE_SIZE,
         pages_per_second=round(rate / PAGE_SIZE),
         multifd_bytes=transferred if outgoing.agreed.channels > 1 else 0,
-        precopy_bytes=transferred - standing,
+        precopy_bytes=transferred - standing - statistics.postcopy_bytes,
         downtime_bytes=standing,
+        postcopy_bytes=statistics.postcopy_bytes,
+        postcopy_requests=statistics.postcopy_requests,
     )
 
 

@@ -18,6 +18,8 @@ class Capability(Enum):
     EVENTS = "events"
     MULTIFD = "multifd"
     DIRTY_LIMIT = "dirty-limit"
+    POSTCOPY = "postcopy-ram"
+    PAUSE = "pause-before-switchover"
 
 
 _DEFAULTS: Final = Parameters(channels=2, delta_cache=64 * MIB)
@@ -45,6 +47,8 @@ class Settings:
             channels=self.parameters.channels if Capability.MULTIFD in self.capabilities else 1,
             delta_cache=self.parameters.delta_cache if Capability.XBZRLE in self.capabilities else 0,
             slowdown=self._slowdown,
+            postcopy=Capability.POSTCOPY in self.capabilities,
+            pause_before_switchover=Capability.PAUSE in self.capabilities,
         )
 
     @property

@@ -16,6 +16,9 @@ _libc.ioctl.restype = ctypes.c_int
 
 _WRITE = 1
 _READ = 2
+_MOST_UNLOCKED = 1024
+"""fcntl.ioctl keeps the interpreter lock where a buffer is longer. Who waits in the kernel for memory that another
+thread is to fetch would wait for ever then."""
 
 TypeOrSize = int | type[ctypes.Structure]
 
@@ -72,6 +75,8 @@ def ioctl(fd: int, request: Request, argument: Any = 0) -> int:
         KernelError: the kernel refused.
         InterruptedError: a signal arrived first. Only calls that wait can raise it, and those expect it.
     """
+    if not isinstance(argument, int) and memoryview(argument).nbytes > _MOST_UNLOCKED:
+        return ioctl_unsigned(fd, request, ctypes.addressof(ctypes.c_char.from_buffer(argument)))
     try:
         result: int = fcntl.ioctl(fd, request.code, argument)
         return result

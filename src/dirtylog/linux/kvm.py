@@ -368,8 +368,13 @@ class VCPU(_Handle):
             self._ioctl(abi.GET_XSAVE2, xsave)
             state["xsave"] = bytes(xsave)
         state["msrs"] = self.get_msrs(msr_indices)
-        state["tsc_khz"] = struct.pack("<I", self._ioctl(abi.GET_TSC_KHZ))
+        state["tsc_khz"] = struct.pack("<I", self.tsc_khz)
         return state
+
+    @property
+    def tsc_khz(self) -> int:
+        """How fast the guest's time stamp counter runs."""
+        return self._ioctl(abi.GET_TSC_KHZ)
 
     def load_state(self, state: dict[str, bytes]) -> None:
         """The reverse of `save_state`.
@@ -384,7 +389,7 @@ class VCPU(_Handle):
         sizes = {name: blob.size for name, blob in abi.VCPU_BLOBS.items()} | {"msrs": -1, "tsc_khz": 4}
         _check_parts("vCPU", state, sizes | {"xsave": self._xsave_size})
         (khz,) = struct.unpack("<I", state["tsc_khz"])
-        if khz != self._ioctl(abi.GET_TSC_KHZ):
+        if khz != self.tsc_khz:
             self._ioctl(abi.SET_TSC_KHZ, khz)
         for name in ("sregs", "regs", "fpu", "xsave", "xcrs", "lapic"):
             self._ioctl(abi.VCPU_BLOBS[name].set, bytearray(state[name]))

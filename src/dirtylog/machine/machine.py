@@ -2,7 +2,7 @@
 
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from enum import Enum
 
 from dirtylog.errors import ClosedError, DirtylogError, UsageError
@@ -93,6 +93,27 @@ class Machine(ABC):
         Raises:
             UsageError: those who write cannot be slowed down.
         """
+
+    def check_postcopy(self, *, of_kernel: bool) -> None:
+        """Refuse to run before all memory is here.
+
+        Args:
+            of_kernel: whether faults on absent memory that the kernel takes are served, see `linux.missing`.
+
+        Raises:
+            UsageError: those who write would wait for each other.
+            HostError: this host does not let them wait.
+        """
+        del of_kernel
+        raise UsageError(
+            f"a machine of kind {self.kind!r} cannot run before all of its memory is there",
+            remedy="migrate it without postcopy",
+        )
+
+    @property
+    def writer_threads(self) -> Sequence[int]:
+        """The kernel's number of each vCPU's thread, where each has one."""
+        return ()
 
     @property
     def dirty_limits(self) -> tuple[DirtyLimit, ...]:

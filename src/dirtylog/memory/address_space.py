@@ -113,6 +113,8 @@ def _read_block(flat: FlatRange, offset: int, size: int) -> bytes:
     block = flat.region.block
     if block is None:
         raise AccessError(f"{flat.region!r} has no memory", offset, size)
+    if block.fetch is not None:
+        block.fetch(offset, size)
     return block.memory[offset : offset + size].tobytes()
 
 
@@ -123,6 +125,8 @@ def _takes_writes(flat: FlatRange) -> bool:
 def _write_piece(flat: FlatRange, offset: int, data: bytes) -> None:
     block, ops = flat.region.block, flat.region.ops
     if block is not None and ops is None:
+        if block.fetch is not None:
+            block.fetch(offset, len(data))
         if len(data) <= _SMALL:
             block.memory[offset : offset + len(data)] = data
         else:

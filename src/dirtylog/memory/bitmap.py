@@ -109,7 +109,25 @@ class PageBitmap:
 
     def test(self, page: int) -> bool:
         """Whether one page's bit is set."""
-        return self.any(page, 1)
+        if not 0 <= page < self.pages:
+            raise UsageError(f"page {page} is not in a bitmap of {self.pages}")
+        return bool(int(self.words[page // WORD_BITS]) >> page % WORD_BITS & 1)
+
+    def test_each(self, pages: Numbers) -> npt.NDArray[np.bool_]:
+        """Whether the bit of each of some pages is set."""
+        bits = self.words[pages // WORD_BITS] >> (pages % WORD_BITS).astype(np.uint64)
+        return (bits & np.uint64(1)).astype(np.bool_)
+
+    def clear_one(self, page: int) -> None:
+        """Clear one page's bit, faster than `clear` does."""
+        if not 0 <= page < self.pages:
+            raise UsageError(f"page {page} is not in a bitmap of {self.pages}")
+        self.words[page // WORD_BITS] &= ~np.uint64(1 << page % WORD_BITS)
+
+    def clear_each(self, pages: Numbers) -> None:
+        """Clear the bits of some pages."""
+        bits = np.uint64(1) << (pages % WORD_BITS).astype(np.uint64)
+        np.bitwise_and.at(self.words, pages // WORD_BITS, ~bits)
 
     def any(self, first: int = 0, count: int | None = None) -> bool:
         """Whether any bit of a range is set."""
@@ -130,6 +148,16 @@ class PageBitmap:
     def indices(self, first: int = 0, count: int | None = None) -> Numbers:
         """The pages of a range whose bits are set, ascending."""
         return self._positions(lambda words, _: words, first, count)[:-1]
+
+    def find(self, first: int) -> int:
+        """The first page from ``first`` on whose bit is set; `pages` if there is none."""
+        for start, words, _ in self._blocks(first, None):
+            filled = words != 0
+            if filled.any():
+                index = int(filled.argmax())
+                word = int(words[index])
+                return (start + index) * WORD_BITS + (word & -word).bit_length() - 1
+        return self.pages
 
     def extract(self, first: int = 0, count: int | None = None) -> Words:
         """The bits of a range as new words whose bit 0 is page ``first``; zeros past the range."""

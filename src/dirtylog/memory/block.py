@@ -1,5 +1,7 @@
 """Host memory that backs guest RAM."""
 
+from collections.abc import Callable
+
 import numpy as np
 import numpy.typing as npt
 
@@ -18,6 +20,8 @@ class RAMBlock:
         pages: pages of `PAGE_SIZE`.
         mapping: the memory itself.
         dirty: what was written, per client.
+        fetch: while parts of the memory are still to come: to be called with offset and size by threads of this process
+            before they touch it, and by nobody while it holds a lock that those need who bring it. None otherwise.
     """
 
     def __init__(self, name: str, size: int, buffer: memoryview | None = None) -> None:
@@ -28,6 +32,7 @@ class RAMBlock:
         self.pages = size // PAGE_SIZE
         self.mapping = MemfdMapping(f"dirtylog-{name}", size) if buffer is None else BufferMapping(buffer)
         self.dirty = DirtyMemory(self.pages)
+        self.fetch: Callable[[int, int], None] | None = None
 
     @property
     def array(self) -> npt.NDArray[np.uint8]:

@@ -119,6 +119,10 @@ class FileOutlet:
         """Make the next call fail."""
         self._aborted = True
 
+    def stop_receiving(self) -> None:
+        """Make the next call fail."""
+        self._aborted = True
+
     def last_words(self) -> RefusedError | None:
         """None: a file says nothing."""
         return None

@@ -4,7 +4,7 @@ import contextlib
 import hmac
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Final
 
 from dirtylog.errors import (
@@ -14,11 +14,14 @@ from dirtylog.errors import (
     PeerError,
     ProtocolError,
     RefusedError,
+    UsageError,
 )
 from dirtylog.linux.process import ProcessName
 from dirtylog.machine import Machine, RunState
 from dirtylog.migration import sharing
 from dirtylog.migration.agreement import check_fits
+from dirtylog.migration.arrival import Arrival
+from dirtylog.migration.blocktime import Blocktime
 from dirtylog.migration.channel import HANDSHAKE_TIMEOUT, Channel, Listener
 from dirtylog.migration.digest import block_digest
 from dirtylog.migration.filler import Filler, SideFiller
@@ -29,6 +32,7 @@ from dirtylog.migration.messages import (
     Hello,
     Join,
     Joined,
+    Owed,
     PassDone,
     Ready,
     State,
@@ -37,6 +41,7 @@ from dirtylog.migration.messages import (
 )
 from dirtylog.migration.prepare import Preparer
 from dirtylog.migration.ram import IncomingRAM
+from dirtylog.migration.statistics import Status
 
 _JOIN_TIMEOUT: Final = 3.0
 """Seconds that a connection is given to say that it is one of the source's further channels."""
@@ -50,7 +55,11 @@ class IncomingMigration:
         listener: where the source will connect. Closed once all its channels have: nobody else is taken in.
     """
 
-    def __init__(self, machine: Machine, listener: Listener) -> None:
+    def __init__(
+        self, machine: Machine, listener: Listener, *, observe: Callable[[Status], None] = lambda _: None
+    ) -> None:
+        self.status = Status.SETUP
+        self._observer = observe
         self._machine = machine
         self._listener = listener
         self._blocks = tuple(machine.memory.blocks.values())
@@ -62,6 +71,7 @@ class IncomingMigration:
         self._aborted = False
         self._channels: list[Channel] = []
         self._preparer = Preparer(self._blocks, self._ram.ready)
+        self._arrival: Arrival | None = None
         machine.hold(RunState.INMIGRATE)
 
     def abort(self) -> None:
@@ -71,6 +81,47 @@ class IncomingMigration:
             self._listener.abort()
             for channel in self._channels:
                 channel.abort()
+            if self._arrival is not None:
+                self._arrival.abort()
+
+    @property
+    def blocktime(self) -> Blocktime | None:
+        """How long the guest waited for its memory; None unless it may run without."""
+        return None if self._arrival is None else self._arrival.blocktime
+
+    @property
+    def owed(self) -> int:
+        """Pages that the guest, which runs here, lacks."""
+        return 0 if self._arrival is None else self._arrival.pages
+
+    @property
+    def lost(self) -> DirtylogError | None:
+        """Why there is no connection over which the rest could come; None while there is, or if nothing is owed."""
+        return None if self._arrival is None else self._arrival.lost
+
+    def recover(self, listen: Callable[[], Listener]) -> None:
+        """Take what the guest lacks over a new connection, which the source will make where ``listen`` waits for it.
+
+        Raises:
+            UsageError: nothing is lost.
+        """
+        if self._arrival is None or self.status is not Status.POSTCOPY_PAUSED:
+            raise UsageError(f"only postcopy that was paused can be recovered ({self.status.value})")
+        self._arrival.recover(listen())
+
+    def pause(self) -> None:
+        """Cut the connections of a migration whose guest runs here before its memory has come.
+
+        Raises:
+            UsageError: it is another one, or has none.
+        """
+        if self._arrival is None or self.status is not Status.POSTCOPY_ACTIVE:
+            raise UsageError(f"only postcopy can be paused ({self.status.value})")
+        self._arrival.pause()
+
+    def _observe(self, status: Status) -> None:
+        self.status = status
+        self._observer(status)
 
     def run(self) -> None:
         """Wait for a source and take its machine over. When this returns, the guest is here, and runs if it did there.
@@ -109,18 +160,30 @@ class IncomingMigration:
 
     def _receive(self, channel: Channel) -> None:
         hello = channel.expect(Hello)
-        self._welcome(channel, hello)
-        if hello.shared:
-            state = self._receive_shared(channel)
-        else:
-            with self._side_channels(channel, hello) as sides:
-                channel.set_timeout(0)
-                message = self._fill(channel, sides)
-            state = self._prepare(channel, message)
-        # The source has let go for good: if it is gone by now, the guest runs here all the same.
-        with contextlib.suppress(DisconnectedError):
-            channel.send(Taken())
-        self._machine.release(RunState.RUNNING if state.running else RunState.PAUSED)
+        with contextlib.ExitStack() as stack:
+            if hello.postcopy:
+                self._arrival = stack.enter_context(Arrival(self._machine, hello.session, self._observe))
+            self._welcome(channel, hello)
+            state = self._receive_shared(channel) if hello.shared else self._receive_copied(channel, hello)
+            # The source has let go for good: if it is gone by now, the guest runs here all the same.
+            with contextlib.suppress(DisconnectedError):
+                channel.send(Taken())
+            self._machine.release(RunState.RUNNING if state.running else RunState.PAUSED)
+            if self._arrival is not None and self._arrival.pages:
+                self._arrival.run(channel)
+        self._observe(Status.COMPLETED)
+
+    def _receive_copied(self, channel: Channel, hello: Hello) -> State:
+        with self._side_channels(channel, hello) as sides:
+            urgent = self._accept_side(channel, hello.session) if hello.postcopy else None
+            self._listener.close()
+            channel.set_timeout(0)
+            message = self._fill(channel, sides)
+        if not isinstance(message, Owed):
+            return self._prepare(channel, message)
+        if self._arrival is None or urgent is None:
+            raise ProtocolError("the source owes memory, which was not agreed on")
+        return self._prepare(channel, self._arrival.begin(channel, urgent, message))
 
     def _receive_shared(self, channel: Channel) -> State:
         """Use the source's own memory, unless it is not handed over in the end."""
@@ -147,10 +210,10 @@ class IncomingMigration:
             self._channels.clear()
         return state
 
-    def _fill(self, channel: Channel, sides: Sequence[SideFiller]) -> Digests | State:
+    def _fill(self, channel: Channel, sides: Sequence[SideFiller]) -> Digests | State | Owed:
         """Take what comes on the main channel, until memory is complete."""
         filler = Filler(channel, self._ram)
-        while not isinstance(message := channel.receive(), Digests | State):
+        while not isinstance(message := channel.receive(), Digests | State | Owed):
             filler.take(message)
             for side in sides:
                 side.check()
@@ -167,7 +230,6 @@ class IncomingMigration:
         try:
             while len(fillers) < hello.channels - 1:
                 fillers.append(SideFiller(self._accept_side(main, hello.session), self._ram, self._side_failed))
-            self._listener.close()
             yield fillers
         finally:
             for filler in fillers:

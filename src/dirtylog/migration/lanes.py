@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from dirtylog.errors import ProtocolError
 from dirtylog.linux.process import thread_starved_ns
 from dirtylog.memory import RAMBlock
+from dirtylog.migration.batch import Batch
 from dirtylog.migration.economy import Economy, Way
 from dirtylog.migration.encoding import SentCopies
 from dirtylog.migration.messages import PassDone, PassEnd
 from dirtylog.migration.outlet import Outlet
 from dirtylog.migration.parameters import Compression, Parameters
-from dirtylog.migration.ram import Batch
 from dirtylog.migration.sender import Sender, Sent
 
 

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from dirtylog.errors import ProtocolError
 from dirtylog.units import PAGE_SIZE
 
-VERSION: Final = 3
+VERSION: Final = 4
 MAGIC: Final = b"DIRTYLOG"
 PREAMBLE: Final = struct.Struct("<8sI")
 """Each side's first bytes: magic, version. Everything after them belongs to that version."""
@@ -62,6 +62,7 @@ class Hello(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     ``channels``: how many connections there will be, this one included; the others name the ``session``.
     ``shared``: the destination is given the memory itself, by its files' descriptors.
+    ``postcopy``: the guest may be handed over before all of its memory; one of the further connections is urgent then.
     """
 
     TYPE: ClassVar[int] = 1
@@ -71,6 +72,7 @@ class Hello(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     channels: Annotated[int, msgspec.Meta(ge=1, le=MAX_CHANNELS)]
     session: Session
     shared: bool
+    postcopy: bool = False
 
 
 class Welcome(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -153,6 +155,35 @@ class Join(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     TYPE: ClassVar[int] = 14
     session: Session
+
+
+class Request(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Destination, on the urgent channel: the guest waits for a page."""
+
+    TYPE: ClassVar[int] = 18
+    block: Count
+    page: Count
+
+
+class Page(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Source, on the urgent channel: a page that was requested, whose contents follow the frame."""
+
+    TYPE: ClassVar[int] = 22
+    block: Count
+    page: Count
+
+
+class Resume(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Source: this connection takes the place of one that was lost after the guest was handed over."""
+
+    TYPE: ClassVar[int] = 19
+    session: Session
+
+
+class Resumed(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Destination: that was all that it lacks."""
+
+    TYPE: ClassVar[int] = 21
 
 
 class Joined(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -251,19 +282,50 @@ class ZeroPages(_RunTable):
     __slots__ = ()
 
 
+class Owed(_RunTable):
+    """Source: pages that come after the handover. What the destination has of them is stale."""
+
+    TYPE: ClassVar[int] = 17
+    __slots__ = ()
+
+
+class Lacking(_RunTable):
+    """Destination, on a connection that resumes: pages that it does not have."""
+
+    TYPE: ClassVar[int] = 20
+    __slots__ = ()
+
+
 Packed = (
-    Hello | Welcome | PassEnd | PassDone | Digests | State | Ready | Handover | Taken | Failed | Join | Joined | Shared
+    Hello
+    | Welcome
+    | PassEnd
+    | PassDone
+    | Digests
+    | State
+    | Ready
+    | Handover
+    | Taken
+    | Failed
+    | Join
+    | Joined
+    | Shared
+    | Request
+    | Page
+    | Resume
+    | Resumed
 )
-RunTable = Pages | ZeroPages | EncodedPages
+RunTable = Pages | ZeroPages | EncodedPages | Owed | Lacking
 Message = Packed | RunTable
 
 _PACKED: Final = {
     kind.TYPE: kind
     for kind in (
         *(Hello, Welcome, PassEnd, PassDone, Digests, State, Ready, Handover, Taken, Failed, Join, Joined, Shared),
+        *(Request, Page, Resume, Resumed),
     )
 }
-_RUN_TABLES: Final = {kind.TYPE: kind for kind in (Pages, ZeroPages, EncodedPages)}
+_RUN_TABLES: Final = {kind.TYPE: kind for kind in (Pages, ZeroPages, EncodedPages, Owed, Lacking)}
 MESSAGES: Final[dict[int, type[Message]]] = {**_PACKED, **_RUN_TABLES}
 
 _encoder: Final = msgspec.msgpack.Encoder()
@@ -306,7 +368,7 @@ def decode_body(kind: type[Message], body: bytes) -> Message:
     """
     if issubclass(kind, EncodedPages):
         return _decode_encoded(body)
-    if issubclass(kind, Pages | ZeroPages):
+    if issubclass(kind, RunTable):
         message = kind(*_decode_runs(body))
         if isinstance(message, Pages):
             _check_batch(message)

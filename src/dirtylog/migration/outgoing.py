@@ -1,15 +1,4 @@
-"""The source of a migration.
-
-The guest changes hands in three messages. ``Ready``: the destination could run it, and waits. ``Handover``: the source
-has let go, for good. ``Taken``: the destination starts it now. Up to the handover a failure of any kind leaves the
-guest here, and the destination, which was never told, does not start it.
-
-After the handover the source cannot know, if the connection ends before ``Taken``, whether the destination runs the
-guest. Two running copies would be worse than none, so it does not guess: it takes the guest back only if the
-destination says that it gave up, or if the destination's process is known to have ended without having said ``Taken``,
-which can be seen where both are on one host. Otherwise the guest stays stopped here and the operator, who can look at
-the destination, decides.
-"""
+"""The source of a migration. How it lets go of the guest: see `letting_go`."""
 
 import os
 import threading
@@ -23,25 +12,27 @@ from dirtylog.errors import (
     CancelledError,
     DirtylogError,
     DisconnectedError,
-    HostError,
     InDoubtError,
-    ProtocolError,
     RefusedError,
     UsageError,
 )
 from dirtylog.linux.process import ProcessName
 from dirtylog.machine import DirtyLimit, Machine, RunState
-from dirtylog.migration import sharing
+from dirtylog.migration import postcopy, sharing
 from dirtylog.migration.address import Address, FileAddress
 from dirtylog.migration.agreement import block_infos
-from dirtylog.migration.channel import STALL_TIMEOUT, connect
+from dirtylog.migration.channel import STALL_TIMEOUT
+from dirtylog.migration.connections import Connections
+from dirtylog.migration.custody import Custody, Event
 from dirtylog.migration.digest import block_digest
-from dirtylog.migration.file import FileOutlet
 from dirtylog.migration.governor import Governor
 from dirtylog.migration.lanes import Lanes, senders
-from dirtylog.migration.messages import Digests, Handover, Hello, Join, Joined, PassDone, Ready, State, Taken, Welcome
+from dirtylog.migration.letting_go import LettingGo
+from dirtylog.migration.messages import Digests, Hello, PassDone, Ready, State, Welcome
 from dirtylog.migration.outlet import Outlet
+from dirtylog.migration.owed import OwedPages
 from dirtylog.migration.parameters import Compression, Parameters, Slowdown
+from dirtylog.migration.postcopy import Postcopy
 from dirtylog.migration.precopy import Precopy
 from dirtylog.migration.statistics import ENDED, DowntimeParts, Statistics, Status
 from dirtylog.migration.switchover import should_switch_over
@@ -52,7 +43,6 @@ StatusObserver = Callable[[Status], None]
 PassObserver = Callable[[int], None]
 """Told the number of each pass that begins, in the migration's thread."""
 
-_GONE_TIMEOUT: Final = 2.0
 _SLOW_DIGEST: Final = 200 * MIB
 """Bytes a second that a destination computes digests at, at the very least."""
 
@@ -91,15 +81,19 @@ class OutgoingMigration:
         self._observe_pass = observe_pass
         self._lock = threading.Lock()
         self._cancelled = threading.Event()
-        self._let_go = False
-        self._came_back = False
+        self._letting_go = LettingGo()
+        self._postcopy: Postcopy | None = None
+        self._postcopy_wanted = threading.Event()
+        self._switchover_allowed = threading.Event()
         if parameters.share_memory:
             sharing.check(machine.memory, address, parameters.channels)
+        if parameters.postcopy:
+            postcopy.check(address, parameters)
         if isinstance(address, FileAddress) and parameters.channels > 1:
             raise UsageError("a file is written on one channel", remedy="leave further channels out")
         self._governor = Governor(machine, self.statistics, parameters.slowdown)
         self._session = os.urandom(16)
-        self._channels: list[Outlet] = []
+        self._connections = Connections()
         self._began = time.monotonic()
 
     @property
@@ -118,6 +112,11 @@ class OutgoingMigration:
         mine = self.agreed.slowdown is Slowdown.DIRTY_LIMIT and not self.ended
         return self._machine.dirty_limits if mine else ()
 
+    @property
+    def lost(self) -> DirtylogError | None:
+        """Why there is no connection; None while there is, or if the guest was not handed over before its memory."""
+        return None if self._postcopy is None else self._postcopy.lost
+
     def cancel(self) -> bool:
         """Ask it to stop, and to leave the guest where it is.
 
@@ -125,13 +124,66 @@ class OutgoingMigration:
             Whether it will: not if it has ended, or has let go of the guest already.
         """
         with self._lock:
-            if self._let_go or self.ended:
+            if self._letting_go.custody is not Custody.MINE or self.ended:
                 return False
             self._cancelled.set()
-            for channel in self._channels:
-                channel.abort()
+            self._switchover_allowed.set()
+            self._connections.abort()
             self._set_status(Status.CANCELLING)
             return True
+
+    def close(self) -> None:
+        """End it, whatever becomes of the guest: one that lacks memory that is here cannot go on without it."""
+        if not self.cancel() and self._postcopy is not None:
+            self._postcopy.give_up()
+
+    def start_postcopy(self) -> None:
+        """Hand the guest over as soon as can be, before all of its memory.
+
+        Raises:
+            UsageError: that was not agreed on, or the migration has ended.
+        """
+        if not self.agreed.postcopy:
+            raise UsageError(
+                "this migration cannot hand its guest over before all of its memory",
+                remedy="switch postcopy-ram on before it begins",
+            )
+        if self.ended:
+            raise UsageError("the migration has ended")
+        self._postcopy_wanted.set()
+
+    def go_on(self) -> None:
+        """Switch over, where that waits for it.
+
+        Raises:
+            UsageError: it does not wait.
+        """
+        if self.status is not Status.PRE_SWITCHOVER:
+            raise UsageError(f"the migration does not wait before its switchover ({self.status.value})")
+        self._switchover_allowed.set()
+
+    def pause(self) -> None:
+        """Cut the connections of a migration whose guest was handed over before its memory.
+
+        Raises:
+            UsageError: it is another one, or has none.
+        """
+        if self._postcopy is None or self.status is not Status.POSTCOPY_ACTIVE:
+            raise UsageError(
+                f"only postcopy can be paused ({self.status.value})",
+                remedy="cancel a migration that has not come so far",
+            )
+        self._postcopy.pause()
+
+    def resume(self, address: Address) -> None:
+        """Go on over other connections, to where the destination waits for that.
+
+        Raises:
+            UsageError: there is nothing to be resumed.
+        """
+        if self._postcopy is None or self.status is not Status.POSTCOPY_PAUSED:
+            raise UsageError(f"only postcopy that was paused can be resumed ({self.status.value})")
+        self._postcopy.resume(address)
 
     def run(self) -> None:
         """Migrate. When this returns, the destination runs the guest.
@@ -145,9 +197,9 @@ class OutgoingMigration:
         try:
             self._enter(Status.SETUP)
             try:
-                self._migrate(self._connected())
+                self._migrate(self._connections.open(self._address))
             finally:
-                self._close_channels()
+                self._connections.close()
         except BaseException as error:
             failure = self._failed(error)
             if failure is error or not isinstance(error, Exception):
@@ -170,22 +222,6 @@ class OutgoingMigration:
         self._end(Status.CANCELLED if cancelled else Status.FAILED)
         return failure
 
-    def _close_channels(self) -> None:
-        """Disown them before: from then on their descriptors' numbers may be others'."""
-        with self._lock:
-            channels, self._channels = self._channels, []
-        for channel in channels:
-            channel.close()
-
-    def _connected(self) -> Outlet:
-        address = self._address
-        channel = FileOutlet(address.path) if isinstance(address, FileAddress) else connect(address)
-        with self._lock:
-            self._channels.append(channel)
-            if self._cancelled.is_set():
-                channel.abort()
-        return channel
-
     def _migrate(self, channel: Outlet) -> None:
         try:
             destination = self._agree(channel)
@@ -193,36 +229,37 @@ class OutgoingMigration:
                 self._share(channel, destination)
                 return
             channels = [channel, *(self._joined() for _ in range(1, self.agreed.channels))]
+            urgent = self._joined() if self.agreed.postcopy else None
             for each in channels:
                 each.set_timeout(STALL_TIMEOUT)
             self.statistics.setup_seconds = time.monotonic() - self._began
-            self._send_all(channels, destination)
+            self._send_all(channels, urgent, destination)
         except DisconnectedError as error:
-            if isinstance(error, InDoubtError):
+            if self._letting_go.custody is not Custody.MINE:
                 raise
             raise channel.last_words() or error from error
 
     def _joined(self) -> Outlet:
-        """One more channel."""
-        channel = self._connected()
-        channel.send(Join(self._session))
-        channel.expect(Joined)
-        return channel
+        return self._connections.join(self._address, self._session)
 
-    def _send_all(self, channels: list[Outlet], destination: ProcessName) -> None:
+    def _send_all(self, channels: list[Outlet], urgent: Outlet | None, destination: ProcessName) -> None:
         blocks = tuple(self._machine.memory.blocks.values())
         lanes = Lanes(senders(channels, blocks, self.agreed))
         precopy = Precopy(self._machine.memory, lanes, self.statistics, lambda: self.parameters, self._cancelled)
         try:
             with self._governor:
                 self._send_while_running(precopy)
-                self._switch_over(channels[0], destination, send_rest=lambda: self._send_rest(precopy))
+                self._switch_over(
+                    channels[0], destination, send_rest=lambda: self._send_rest(precopy, channels[0], urgent)
+                )
         except BaseException:
             if len(channels) > 1:  # their threads may wait for the destination, which may have last words
                 for each in channels:
                     each.stop_sending()
             raise
         finally:
+            if self._postcopy is not None:
+                self._postcopy.end()
             precopy.stop()
             lanes.close()
 
@@ -247,6 +284,7 @@ class OutgoingMigration:
                 self.agreed.channels,
                 self._session,
                 self.agreed.share_memory,
+                self.agreed.postcopy,
             )
         )
         welcome = channel.expect(Welcome)
@@ -259,17 +297,31 @@ class OutgoingMigration:
             self._send_pass(precopy, paced=True)
             estimate, parameters = precopy.estimate(), self.parameters
             self._governor.judge(estimate, parameters)
-            if should_switch_over(estimate, parameters.downtime_limit):
+            if should_switch_over(estimate, parameters.downtime_limit) or self._postcopy_is_due(parameters):
                 return
             self._governor.slow_down(parameters)
+
+    def _postcopy_is_due(self, parameters: Parameters) -> bool:
+        if self.agreed.postcopy and 0 < parameters.postcopy_after <= self.statistics.pass_count:
+            self._postcopy_wanted.set()
+        return self._postcopy_wanted.is_set()
 
     def _send_pass(self, precopy: Precopy, *, paced: bool) -> None:
         if self._observe_pass is not None:
             self._observe_pass(self.statistics.pass_count + 1)
-        precopy.send_pass(paced=paced)
+        if paced:
+            precopy.send_pass(paced=True, stop=self._postcopy_wanted.is_set)
+        else:
+            precopy.send_pass(paced=False)
 
-    def _send_rest(self, precopy: Precopy) -> None:
+    def _send_rest(self, precopy: Precopy, main: Outlet, urgent: Outlet | None) -> None:
+        """What was dirty at last; or say that it comes later."""
         precopy.sync(last_stage=True)
+        if self._postcopy_wanted.is_set() and urgent is not None and self.statistics.remaining_pages:
+            owed = OwedPages([block.owed() for block in precopy.blocks])
+            self._postcopy = Postcopy(owed, self.statistics, self._connections, self._session, self._enter)
+            self._postcopy.begin(main, urgent)
+            return
         self._send_pass(precopy, paced=False)
         self.statistics.downtime_bytes = self.statistics.passes[-1].bytes
 
@@ -288,6 +340,7 @@ class OutgoingMigration:
         moments = [time.monotonic()]
         before = self._machine.hold(RunState.FINISH_MIGRATE)
         try:
+            self._wait_before_switchover()
             moments.append(time.monotonic())
             self._enter(Status.DEVICE)
             send_rest()
@@ -298,12 +351,24 @@ class OutgoingMigration:
             moments.append(time.monotonic() - self.statistics.verify_seconds)
             let_go()
         except BaseException:
-            gone = self._let_go and not self._came_back
-            self._machine.release(RunState.POSTMIGRATE if gone else before)
+            self._machine.release(before if self._letting_go.custody is Custody.MINE else RunState.POSTMIGRATE)
             raise
         self.statistics.downtime = moments[-1] - moments[0]
         self.statistics.downtime_parts = DowntimeParts(*(end - start for start, end in pairwise(moments)))
-        self._machine.release(RunState.POSTMIGRATE)
+        try:
+            if self._postcopy is not None:
+                self._postcopy.run()
+                if self._letting_go.custody is Custody.DOUBTFUL:
+                    self._letting_go.note(Event.TAKEN)
+        finally:
+            self._machine.release(RunState.POSTMIGRATE)
+
+    def _wait_before_switchover(self) -> None:
+        if self.parameters.pause_before_switchover:
+            self._enter(Status.PRE_SWITCHOVER)
+            self._switchover_allowed.wait()
+            if self._cancelled.is_set():
+                raise CancelledError("the migration was cancelled")
 
     def _send_state(self, channel: Outlet, *, running: bool) -> None:
         """Send what is not memory, and wait until the destination has loaded everything."""
@@ -329,42 +394,13 @@ class OutgoingMigration:
         with self._lock:
             if self._cancelled.is_set():
                 raise CancelledError("the migration was cancelled")
-            self._let_go = True
+            self._letting_go.note(Event.HANDOVER)
         try:
-            channel.send(Handover())
-        except (DisconnectedError, HostError):
-            self._came_back = True  # nothing of the message has left: the destination was not told, the file not made
-            raise
-        try:
-            channel.expect(Taken)
-        except RefusedError:
-            self._came_back = True
-            raise
-        except (DisconnectedError, ProtocolError) as error:
-            if not destination.is_gone(_GONE_TIMEOUT):
-                raise InDoubtError(
-                    "the connection ended after the guest was handed over, before the destination confirmed that it"
-                    " runs",
-                    remedy="look at the destination: if it never will run the guest, 'cont' runs it here again",
-                ) from error
-            if not self._was_taken(channel):
+            self._letting_go.hand_over(channel, destination)
+        except InDoubtError as error:
+            if self._postcopy is None:
                 raise
-
-    def _was_taken(self, channel: Outlet) -> bool:
-        """Whether a destination that is gone said that it starts the guest, after it was no longer waited for.
-
-        If not, the guest comes back.
-        """
-        channel.set_timeout(_GONE_TIMEOUT)
-        try:
-            channel.expect(Taken)
-        except RefusedError:
-            self._came_back = True
-            raise
-        except DirtylogError:  # nothing, or nothing whole
-            self._came_back = True
-            return False
-        return True
+            self._postcopy.lost = error  # a destination that answers when it is resumed has taken the guest
 
     def _enter(self, status: Status) -> None:
         with self._lock:

@@ -47,7 +47,9 @@ class Parameters:
         compression: whether zstd may be used where it saves time.
         delta_cache: bytes of copies kept of what was sent, so that what changed a little is sent as a difference, where
             that saves time; 0 for none.
-
+        postcopy: whether the guest may be handed over before all of its memory.
+        postcopy_after: so many passes that do not converge have that done; 0 for only when asked to.
+        pause_before_switchover: wait, with the guest stopped, until told to go on.
         slowdown: whether all vCPUs are throttled, step by step, or those that write more than ``vcpu_dirty_limit``,
             once the guest has dirtied too much in two periods of a second.
         throttle: how much is too much, and how far to go in each step.
@@ -59,7 +61,7 @@ class Parameters:
     """
 
     AGREED: ClassVar = frozenset(
-        {"clear_chunk", "verify", "share_memory", "channels", "compression", "delta_cache", "slowdown"}
+        {"clear_chunk", "verify", "share_memory", "channels", "compression", "delta_cache", "slowdown", "postcopy"}
     )
     """What cannot change any more once a migration has begun."""
 
@@ -72,6 +74,9 @@ class Parameters:
     channels: int = 1
     compression: Compression = Compression.NONE
     delta_cache: int = 0
+    postcopy: bool = False
+    postcopy_after: int = 0
+    pause_before_switchover: bool = False
     slowdown: Slowdown = Slowdown.NONE
     throttle: ThrottleParameters = field(default_factory=ThrottleParameters)
     vcpu_dirty_limit: int = 1
@@ -89,6 +94,8 @@ class Parameters:
             raise UsageError(f"{self.channels} channels", remedy=f"1 to {MAX_CHANNELS} can be had")
         if self.delta_cache and not PAGE_SIZE <= self.delta_cache < 1 << 63:
             raise UsageError(f"a cache of {self.delta_cache} bytes", remedy="64M is usual; 0 means none")
+        if not 0 <= self.postcopy_after < 1 << 31:
+            raise UsageError(f"postcopy after {self.postcopy_after} passes", remedy="0 means only when asked to")
         if not 1 <= self.vcpu_dirty_limit < 1 << 32:
             raise UsageError(f"a dirty limit of {self.vcpu_dirty_limit} MiB/s", remedy="1 MiB/s is the lowest")
         if not 0.001 <= self.dirty_limit_period <= 1:

@@ -2,15 +2,16 @@
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Final
 
 from dirtylog.errors import UsageError
 from dirtylog.memory import Memory, TrackingReason
+from dirtylog.migration.batch import Batch
 from dirtylog.migration.lanes import Lanes
 from dirtylog.migration.pacer import Pacer
 from dirtylog.migration.parameters import Parameters
-from dirtylog.migration.ram import Batch, DirtyRAM
+from dirtylog.migration.ram import DirtyRAM
 from dirtylog.migration.sender import Sent
 from dirtylog.migration.statistics import PassStatistics, Statistics, sum_ways
 from dirtylog.migration.switchover import Estimate, link_bandwidth
@@ -79,8 +80,13 @@ class Precopy:
         self._statistics.remaining_pages = sum(block.pages for block in self._blocks)
         return fresh
 
-    def send_pass(self, *, paced: bool) -> None:
-        """Send everything that is dirty, and wait until the destination has it."""
+    @property
+    def blocks(self) -> Sequence[DirtyRAM]:
+        """What is left, block by block."""
+        return self._blocks
+
+    def send_pass(self, *, paced: bool, stop: Callable[[], bool] = lambda: False) -> None:
+        """Send everything that is dirty, or what comes before ``stop`` says so; the destination has it then."""
         current = self._statistics.begin_pass()
         began = time.monotonic()
         self._paced = paced
@@ -89,7 +95,7 @@ class Precopy:
         if not paced:
             self._lanes.lift_limit()
         for block in self._blocks:
-            for batch in block.batches():
+            for batch in block.batches(stop):
                 if paced:
                     self._lanes.limit(self._limit())
                 self._count(batch, current)

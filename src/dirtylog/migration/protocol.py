@@ -18,11 +18,23 @@ sender of half of the messages. A message that the table does not allow is an er
     STATE_SENT   Ready      → READY          destination could run it
     READY        Handover   → HANDED_OVER    source let go
     HANDED_OVER  Taken      → TAKEN          destination runs it
+    STREAMING    Owed       → OWING          some of memory comes later
+    OWING        Owed
+    OWING        State      → OWING_STATE_SENT  ... Ready → OWING_READY, Handover → OWING_HANDED_OVER
+    OWING_HANDED_OVER  Taken → SERVING       destination runs it, and lacks what is owed
+    SERVING      Pages, ZeroPages
+    SERVING      PassEnd    → SERVED         that was all
+    SERVED       PassDone   → FINISHED       destination has it all
+    OPENING      Resume     → RESUMING       another connection for one that was lost when SERVING
+    RESUMING     Lacking
+    RESUMING     Resumed    → SERVING
     OPENING      Join       → JOINING        one more channel, for memory only
     JOINING      Joined     → SIDE
     SIDE         Pages, EncodedPages, ZeroPages
     SIDE         PassEnd    → SIDE_ENDED
     SIDE_ENDED   PassDone   → SIDE
+    SIDE         Request                     destination's guest waits for a page
+    SIDE         Page                        there it is
     any of them  Failed     → FAILED         nobody goes on
 """
 
@@ -42,11 +54,17 @@ from dirtylog.migration.messages import (
     Hello,
     Join,
     Joined,
+    Lacking,
     Message,
+    Owed,
+    Page,
     Pages,
     PassDone,
     PassEnd,
     Ready,
+    Request,
+    Resume,
+    Resumed,
     Shared,
     State,
     Taken,
@@ -78,6 +96,14 @@ class Stage(Enum):
     READY = auto()
     HANDED_OVER = auto()
     TAKEN = auto()
+    OWING = auto()
+    OWING_STATE_SENT = auto()
+    OWING_READY = auto()
+    OWING_HANDED_OVER = auto()
+    SERVING = auto()
+    SERVED = auto()
+    FINISHED = auto()
+    RESUMING = auto()
     JOINING = auto()
     SIDE = auto()
     SIDE_ENDED = auto()
@@ -85,6 +111,7 @@ class Stage(Enum):
 
 
 _MEMORY: Final = (Pages, EncodedPages, ZeroPages)
+_OVER: Final = (Stage.TAKEN, Stage.FINISHED, Stage.FAILED)
 
 TRANSITIONS: Final[dict[tuple[Stage, type[Message]], Stage]] = {
     (Stage.OPENING, Hello): Stage.OFFERED,
@@ -100,17 +127,33 @@ TRANSITIONS: Final[dict[tuple[Stage, type[Message]], Stage]] = {
     (Stage.STATE_SENT, Ready): Stage.READY,
     (Stage.READY, Handover): Stage.HANDED_OVER,
     (Stage.HANDED_OVER, Taken): Stage.TAKEN,
+    **{(stage, Owed): Stage.OWING for stage in (Stage.STREAMING, Stage.OWING)},
+    (Stage.OWING, State): Stage.OWING_STATE_SENT,
+    (Stage.OWING_STATE_SENT, Ready): Stage.OWING_READY,
+    (Stage.OWING_READY, Handover): Stage.OWING_HANDED_OVER,
+    (Stage.OWING_HANDED_OVER, Taken): Stage.SERVING,
+    **{(Stage.SERVING, kind): Stage.SERVING for kind in (Pages, ZeroPages)},
+    (Stage.SERVING, PassEnd): Stage.SERVED,
+    (Stage.SERVED, PassDone): Stage.FINISHED,
+    (Stage.OPENING, Resume): Stage.RESUMING,
+    (Stage.RESUMING, Lacking): Stage.RESUMING,
+    (Stage.RESUMING, Resumed): Stage.SERVING,
     (Stage.OPENING, Join): Stage.JOINING,
     (Stage.JOINING, Joined): Stage.SIDE,
     **{(Stage.SIDE, kind): Stage.SIDE for kind in _MEMORY},
     (Stage.SIDE, PassEnd): Stage.SIDE_ENDED,
     (Stage.SIDE_ENDED, PassDone): Stage.SIDE,
-    **{(stage, Failed): Stage.FAILED for stage in Stage if stage not in (Stage.TAKEN, Stage.FAILED)},
+    (Stage.SIDE, Request): Stage.SIDE,
+    (Stage.SIDE, Page): Stage.SIDE,
+    **{(stage, Failed): Stage.FAILED for stage in Stage if stage not in _OVER},
 }
 
+_SOURCE: Final = frozenset({Role.SOURCE})
+_DESTINATION: Final = frozenset({Role.DESTINATION})
 SENDERS: Final[dict[type[Message], frozenset[Role]]] = {
-    **dict.fromkeys((Hello, *_MEMORY, PassEnd, Shared, Digests, State, Handover, Join), frozenset({Role.SOURCE})),
-    **dict.fromkeys((Welcome, PassDone, Ready, Taken, Joined), frozenset({Role.DESTINATION})),
+    **dict.fromkeys((Hello, *_MEMORY, PassEnd, Shared, Digests, State, Handover, Join), _SOURCE),
+    **dict.fromkeys((Owed, Page, Resume), _SOURCE),
+    **dict.fromkeys((Welcome, PassDone, Ready, Taken, Joined, Request, Lacking, Resumed), _DESTINATION),
     Failed: frozenset(Role),
 }
 

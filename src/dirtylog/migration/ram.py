@@ -1,17 +1,17 @@
 """Walking dirty memory on one side, filling memory on the other."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 
 from dirtylog.errors import ProtocolError
-from dirtylog.linux.mapping import Contents
 from dirtylog.memory import ClearChunks, MemoryRegion, Numbers, PageBitmap, RAMBlock
+from dirtylog.migration.batch import Batch, batch_of, runs_of
 from dirtylog.migration.encoding import decompress
 from dirtylog.migration.messages import EncodedPages, Pages, Runs, RunTable, ZeroPages
+from dirtylog.migration.owed import OwedBlock
 from dirtylog.units import HUGE_PAGE_SIZE, PAGE_SIZE
 
 BATCH_PAGES: Final = 2048
@@ -22,15 +22,6 @@ _WINDOW_PAGES: Final = 1 << 15
 _WORTHWHILE: Final = 256
 """So many pages are a message of their own. Fewer wait for those of the next chunk: where chunks are small, passes
 would take longer for their messages than for their pages, and never become short enough for the downtime limit."""
-
-
-@dataclass(frozen=True, slots=True)
-class Batch:
-    """Some of the dirty pages: contents to send, as `pages` announces and `contents` holds them; and zero pages."""
-
-    pages: Pages | None
-    contents: Sequence[Contents]
-    zeros: ZeroPages | None
 
 
 class DirtyRAM:
@@ -86,11 +77,13 @@ class DirtyRAM:
             self._holes.append((first, end))
         return taken
 
-    def batches(self) -> Iterator[Batch]:
-        """Everything to be sent now, ascending."""
+    def batches(self, stop: Callable[[], bool] = lambda: False) -> Iterator[Batch]:
+        """Everything to be sent now, ascending; after ``stop`` says so, what is not sent stays to be."""
         window = min(self._chunks.chunk, _WINDOW_PAGES)
         first = since = cleared = no_hole = 0  # [since, first) is cleared where it is dirty, and not looked at yet
         while first < self._block.pages:
+            if stop():
+                return
             end = first if first < no_hole else first + self._hole(first)
             dirty = self._to_send.count(first, end - first)
             if end > first and dirty in (0, end - first):
@@ -106,6 +99,10 @@ class DirtyRAM:
                 yield from self._look(since, end - since)
                 since, cleared = end, 0
         yield from self._look(since, first - since)
+
+    def owed(self) -> OwedBlock:
+        """What is to be sent still, of a block that nobody writes any more."""
+        return OwedBlock(self._index, self._block, self._to_send.copy())
 
     def _hole(self, first: int) -> int:
         """How many pages from there on are a hole, in whole chunks or up to the end."""
@@ -142,7 +139,7 @@ class DirtyRAM:
             yield Batch(None, [], ZeroPages(self._index, runs_of(holes)))
         while len(data):
             end = _batch_end(data)
-            yield self._batch(data[:end])
+            yield batch_of(self._index, self._block, data[:end])
             data = data[end:]
 
     def _data(self, first: int, end: int) -> Iterator[tuple[int, int]]:
@@ -157,26 +154,6 @@ class DirtyRAM:
             if start < after:
                 yield start, after
             first = max(after, self._known[0])
-
-    def _batch(self, pages: Numbers) -> Batch:
-        filled = self._filled(pages)
-        zeros, runs = pages[~filled], runs_of(pages[filled])
-        return Batch(
-            Pages(self._index, runs) if len(runs) else None,
-            page_parts(self._block, runs),
-            ZeroPages(self._index, runs_of(zeros)) if len(zeros) else None,
-        )
-
-    def _filled(self, pages: Numbers) -> npt.NDArray[np.bool_]:
-        """Which pages are not all zero. Most show it in their first word; only the others are read whole."""
-        words = self._block.page_words
-        filled: npt.NDArray[np.bool_] = words[pages, 0] != 0
-        unsure = pages[~filled]
-        if len(unsure):
-            first, last = int(unsure[0]), int(unsure[-1])
-            rows = words[first : last + 1] if last - first + 1 == len(unsure) else words[unsure]
-            filled[~filled] = rows.any(axis=1)
-        return filled
 
 
 class IncomingRAM:
@@ -196,7 +173,7 @@ class IncomingRAM:
         Raises:
             ProtocolError: the message names memory that is not there.
         """
-        block = self._checked(message)
+        block = checked_block(self._blocks, message)
         self._prepare(block, self.ready[message.block], message.runs)
         return page_views(block, message.runs)
 
@@ -221,7 +198,7 @@ class IncomingRAM:
         Raises:
             ProtocolError: the message names memory that is not there, or the data are not what it says.
         """
-        block = self._checked(message)
+        block = checked_block(self._blocks, message)
         rows, numbers = decompress(data, message.pages), message.numbers
         if message.difference:
             block.page_words[numbers] ^= rows
@@ -235,22 +212,26 @@ class IncomingRAM:
         Raises:
             ProtocolError: the message names memory that is not there.
         """
-        block = self._checked(message)
+        block = checked_block(self._blocks, message)
         for first, count in message.runs.tolist():
             start, end = first * PAGE_SIZE, (first + count) * PAGE_SIZE
             if block.mapping.next_data(start, end) < end:
                 block.mapping.punch(start, end - start)
 
-    def _checked(self, message: RunTable) -> RAMBlock:
-        if message.block >= len(self._blocks):
-            raise ProtocolError(f"the stream is corrupt: pages of block {message.block} of {len(self._blocks)}")
-        block = self._blocks[message.block]
-        end = int(message.runs[-1].sum())  # runs ascend
-        if end > block.pages:
-            raise ProtocolError(
-                f"the stream is corrupt: page {end - 1} of block {block.name!r}, which has {block.pages}"
-            )
-        return block
+
+def checked_block(blocks: Sequence[RAMBlock], message: RunTable) -> RAMBlock:
+    """The block that a message is about.
+
+    Raises:
+        ProtocolError: the message names memory that is not there.
+    """
+    if message.block >= len(blocks):
+        raise ProtocolError(f"the stream is corrupt: pages of block {message.block} of {len(blocks)}")
+    block = blocks[message.block]
+    end = int(message.runs[-1].sum())  # runs ascend
+    if end > block.pages:
+        raise ProtocolError(f"the stream is corrupt: page {end - 1} of block {block.name!r}, which has {block.pages}")
+    return block
 
 
 def _batch_end(pages: Numbers) -> int:
@@ -261,21 +242,7 @@ def _batch_end(pages: Numbers) -> int:
     return int(np.searchsorted(pages[:BATCH_PAGES], boundary)) or BATCH_PAGES
 
 
-def runs_of(pages: Numbers) -> Runs:
-    """Ascending page numbers as runs."""
-    if not len(pages):
-        return np.empty((0, 2), np.int64)
-    starts = np.flatnonzero(np.diff(pages, prepend=-2) != 1)
-    lengths = np.diff(starts, append=len(pages))
-    return np.stack((pages[starts], lengths), axis=1)
-
-
 def page_views(block: RAMBlock, runs: Runs) -> list[memoryview]:
     """The memory of each run, to be filled."""
     memory = block.memory
     return [memory[start:end] for start, end in (runs.cumsum(axis=1) * PAGE_SIZE).tolist()]
-
-
-def page_parts(block: RAMBlock, runs: Runs) -> list[Contents]:
-    """The contents of each run, to be sent."""
-    return [block.mapping.part(start, end) for start, end in (runs.cumsum(axis=1) * PAGE_SIZE).tolist()]

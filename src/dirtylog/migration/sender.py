@@ -14,11 +14,11 @@ import numpy.typing as npt
 
 from dirtylog.linux.mapping import Contents
 from dirtylog.memory import Numbers, RAMBlock
+from dirtylog.migration.batch import Batch, runs_of
 from dirtylog.migration.economy import LEVELS, TELLING, Economy, Way
 from dirtylog.migration.encoding import Compressor, Rows, SentCopies
 from dirtylog.migration.messages import EncodedPages, Pages
 from dirtylog.migration.outlet import Outlet
-from dirtylog.migration.ram import Batch, runs_of
 from dirtylog.migration.statistics import Ways, sum_ways
 from dirtylog.units import PAGE_SIZE
 

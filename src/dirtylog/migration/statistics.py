@@ -16,7 +16,11 @@ class Status(Enum):
     NONE = "none"
     SETUP = "setup"
     ACTIVE = "active"
+    PRE_SWITCHOVER = "pre-switchover"
     DEVICE = "device"
+    POSTCOPY_ACTIVE = "postcopy-active"
+    POSTCOPY_PAUSED = "postcopy-paused"
+    POSTCOPY_RECOVER = "postcopy-recover"
     COMPLETED = "completed"
     FAILED = "failed"
     CANCELLING = "cancelling"
@@ -112,6 +116,8 @@ class Statistics:
         downtime: the guest stood still for this long at the switchover; 0 if it never did. Without `verify_seconds`.
         downtime_parts: what it stood still for; None if it never did.
         downtime_bytes: sent meanwhile, as far as memory goes.
+        postcopy_bytes: sent after the guest was handed over.
+        postcopy_requests: pages that were asked for then, and had not been sent.
         found: pages of which the destination's copy was known, where copies are kept.
         missed: pages of which it was not.
         overflowed: pages whose differences were no shorter than their contents.
@@ -131,6 +137,8 @@ class Statistics:
     downtime: float = 0.0
     downtime_parts: DowntimeParts | None = None
     downtime_bytes: int = 0
+    postcopy_bytes: int = 0
+    postcopy_requests: int = 0
     found: int = 0
     missed: int = 0
     overflowed: int = 0

@@ -1,12 +1,13 @@
 """A PC-like guest under KVM."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from typing import Final
 
 from dirtylog.errors import ClosedError, DirtylogError, GuestError, HostError, UsageError
 from dirtylog.linux.kvm import KVM, KVM_DEVICE, VCPU
 from dirtylog.linux.kvm_abi import Capability, ExitReason
+from dirtylog.linux.userfaultfd import USERFAULTFD_DEVICE
 from dirtylog.machine.entry import BootMode
 from dirtylog.machine.kvm.dirty_limit import DirtyLimiter
 from dirtylog.machine.kvm.exits import ExitHandler
@@ -151,6 +152,19 @@ class KVMMachine(PCMachine):
             f"the dirty log {self.log_mode.value!r} does not tell vCPUs apart",
             remedy="start the machine with the dirty log 'ring'",
         )
+
+    def check_postcopy(self, *, of_kernel: bool) -> None:
+        """See `Machine.check_postcopy`."""
+        if not of_kernel:
+            raise HostError(
+                "this process is not served the page faults that KVM takes for it",
+                remedy=f"give it access to {USERFAULTFD_DEVICE}, or run 'sysctl vm.unprivileged_userfaultfd=1'",
+            )
+
+    @property
+    def writer_threads(self) -> Sequence[int]:
+        """See `Machine.writer_threads`."""
+        return tuple(cpu.native_id for cpu in self._cpus)
 
     @property
     def dirty_limits(self) -> tuple[DirtyLimit, ...]:

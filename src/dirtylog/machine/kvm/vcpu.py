@@ -65,6 +65,11 @@ class VCPUThread:
         self._thread = threading.Thread(target=self._main, name=name, daemon=True)
         self._thread.start()
 
+    @property
+    def native_id(self) -> int:
+        """The kernel's number of the thread."""
+        return self._thread.native_id or 0
+
     def run(self) -> None:
         """Let the vCPU run."""
         with self._changed:
@@ -101,7 +106,7 @@ class VCPUThread:
             if not self._changed.wait_for(lambda: self._parked, PARK_TIMEOUT):
                 raise HostError(
                     f"{self._thread.name} did not stop within {PARK_TIMEOUT:.0f} s",
-                    remedy="the host is overloaded, or a device model blocks",
+                    remedy="the host is overloaded, a device model blocks, or its memory is still to arrive",
                 )
 
     def close(self) -> None:

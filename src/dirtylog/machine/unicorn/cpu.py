@@ -56,6 +56,11 @@ class EmulatedCPU:
         self._thread = threading.Thread(target=self._main, name=name, daemon=True)
         self._thread.start()
 
+    @property
+    def native_id(self) -> int:
+        """The kernel's number of the thread."""
+        return self._thread.native_id or 0
+
     def run(self) -> None:
         """Let the processor run."""
         atexit.register(self._quit)  # Unicorn is freed at the interpreter's exit, and must not run then
@@ -140,7 +145,7 @@ class EmulatedCPU:
             if not self._changed.wait_for(done, PARK_TIMEOUT):
                 raise HostError(
                     f"{self._thread.name} did not stop within {PARK_TIMEOUT:.0f} s",
-                    remedy="the host is overloaded, or a device model blocks",
+                    remedy="the host is overloaded, a device model blocks, or its memory is still to arrive",
                 )
 
     def _main(self) -> None:

@@ -1,6 +1,6 @@
 """A PC-like guest in Unicorn."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 
 from dirtylog.errors import DirtylogError, GuestError, HostError, UsageError
@@ -104,6 +104,15 @@ class UnicornMachine(PCMachine):
         with self._state_lock:
             self._check_still()
             self._prepare().write_registers(at_entry(entry, mode))
+
+    def check_postcopy(self, *, of_kernel: bool) -> None:
+        """Do not refuse: the guest's accesses are the process's own, and are made without the interpreter's lock."""
+        del of_kernel
+
+    @property
+    def writer_threads(self) -> Sequence[int]:
+        """See `Machine.writer_threads`."""
+        return (self._cpu.native_id,)
 
     def _throttle(self, share: float) -> None:
         self._cpu.throttle.set(share)

@@ -1,0 +1,239 @@
+"""The destination of a migration whose guest runs before all of its memory has arrived."""
+
+import contextlib
+import hmac
+import threading
+from collections.abc import Callable
+from queue import SimpleQueue
+from typing import Final, Self
+
+import numpy as np
+
+from dirtylog.errors import CancelledError, DirtylogError, PeerError, ProtocolError, RefusedError
+from dirtylog.linux.missing import MissingFaults
+from dirtylog.machine import Machine, RunState
+from dirtylog.migration.absent import AbsentRAM
+from dirtylog.migration.blocktime import Blocktime
+from dirtylog.migration.channel import HANDSHAKE_TIMEOUT, Channel, Listener
+from dirtylog.migration.fault_service import FaultService
+from dirtylog.migration.messages import (
+    MAX_BATCH_PAGES,
+    Failed,
+    Join,
+    Joined,
+    Message,
+    Owed,
+    Pages,
+    PassDone,
+    PassEnd,
+    Resume,
+    Resumed,
+    State,
+    ZeroPages,
+)
+from dirtylog.migration.statistics import Status
+from dirtylog.units import PAGE_SIZE
+
+_COMPLETE_TIMEOUT: Final = 10.0
+"""Seconds that what was sent on the urgent channel may be later than the end of the other."""
+_STOP_TIMEOUT: Final = 0.5
+"""Seconds until a guest that was told to stop, and does not, must be one that waits for a page."""
+
+
+class Arrival:
+    """Takes what is owed, over one pair of connections after another.
+
+    Args:
+        machine: which receives it.
+        session: the migration's secret.
+        observe: told each new status.
+
+    Attributes:
+        blocktime: how long the guest waited.
+        lost: why there is no connection; None while there is.
+
+    Raises:
+        UsageError: this machine cannot run before all of its memory is here.
+        HostError: this host does not let it.
+    """
+
+    def __init__(self, machine: Machine, session: bytes, observe: Callable[[Status], None]) -> None:
+        self.lost: DirtylogError | None = None
+        self._machine = machine
+        self._session = session
+        self._observe = observe
+        self._listeners: SimpleQueue[Listener | None] = SimpleQueue()
+        self._lock = threading.Lock()
+        self._aborted = False
+        self._current: Listener | Channel | None = None
+        self._service: FaultService | None = None
+        faults = MissingFaults()
+        try:
+            machine.check_postcopy(of_kernel=faults.of_kernel)
+            self.blocktime = Blocktime(machine.writer_threads)
+            self._ram = AbsentRAM(tuple(machine.memory.blocks.values()), faults, self.blocktime)
+        except BaseException:
+            faults.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    @property
+    def pages(self) -> int:
+        """How many are owed."""
+        return self._ram.pages
+
+    def begin(self, main: Channel, urgent: Channel, message: Owed) -> State:
+        """Take note of what is owed, and have pages fetched from here on; the state, which comes next."""
+        following: Message = message
+        while isinstance(following, Owed):
+            self._ram.owe(following)
+            following = main.receive()
+        if isinstance(following, Failed):
+            raise RefusedError(f"the source gave up: {following.reason}")
+        if not isinstance(following, State):
+            raise ProtocolError(f"the source sent {type(following).__name__} where its state is expected")
+        self._ram.begin()
+        self._serve_faults(main, urgent)
+        return following
+
+    def run(self, main: Channel) -> None:
+        """Take the rest.
+
+        Raises:
+            CancelledError: `abort` was called.
+        """
+        while True:
+            self._observe(Status.POSTCOPY_ACTIVE)
+            with main:
+                try:
+                    self._take(main)
+                    return
+                except PeerError as error:
+                    self.lost = error
+            main = self._reconnected()
+            self.lost = None
+
+    def recover(self, listener: Listener) -> None:
+        """Wait for the source elsewhere, after the connection was lost. The listener is owned here from now on."""
+        self._listeners.put(listener)
+
+    def pause(self) -> None:
+        """Cut the connection."""
+        with self._lock:
+            if isinstance(self._current, Channel):
+                self._current.stop_sending()
+                self._current.stop_receiving()
+
+    def abort(self) -> None:
+        """Make `run` fail."""
+        with self._lock:
+            self._aborted = True
+            if self._current is not None:
+                self._current.abort()
+        self._listeners.put(None)
+
+    def close(self) -> None:
+        """Fetch no more. If something is missing still, the guest is stopped first, as it cannot go on. Idempotent."""
+        if self._ram.pages and self._machine.state is RunState.RUNNING:
+            self._stop_guest()
+        self._end_service()
+        self._ram.close()
+
+    def _stop_guest(self) -> None:
+        """Ask it to stop. An emulator that waits for a page can be told to, but does only once it has the page."""
+
+        def stop() -> None:
+            with contextlib.suppress(DirtylogError):  # it has ended by itself, or it waits
+                self._machine.pause()
+
+        thread = threading.Thread(target=stop, name="stop", daemon=True)
+        thread.start()
+        thread.join(_STOP_TIMEOUT)
+        self._ram.close()
+        thread.join()
+
+    def _serve_faults(self, main: Channel, urgent: Channel) -> None:
+        def cut() -> None:
+            main.stop_sending()
+            main.stop_receiving()
+
+        self._use(main)
+        self._service = FaultService(urgent, self._ram, cut)
+
+    def _end_service(self) -> None:
+        service, self._service = self._service, None
+        if service is not None:
+            service.close()
+
+    def _use(self, current: Listener | Channel) -> None:
+        """What `abort` is to end from now on."""
+        with self._lock:
+            self._current = current
+            if self._aborted:
+                current.abort()
+
+    def _take(self, main: Channel) -> None:
+        service = self._service
+        try:
+            self._take_all(main)
+        except PeerError:
+            self._end_service()
+            if service is not None:
+                service.check()  # what ended the urgent channel explains what ended this one
+            raise
+        self._end_service()
+
+    def _take_all(self, main: Channel) -> None:
+        buffer = np.empty(MAX_BATCH_PAGES * PAGE_SIZE, np.uint8)
+        while not isinstance(message := main.receive(), PassEnd):
+            if isinstance(message, Pages):
+                self._ram.receive(main, message, buffer)
+            elif isinstance(message, ZeroPages):
+                self._ram.zero(message)
+            elif isinstance(message, Failed):
+                raise RefusedError(f"the source gave up: {message.reason}")
+            else:
+                raise ProtocolError(f"the source sent {type(message).__name__} where only pages are expected")
+        if not self._ram.wait_complete(_COMPLETE_TIMEOUT):
+            raise ProtocolError(f"the source says that it sent all, and {self._ram.pages} pages are missing")
+        main.send(PassDone(message.number, 0, 0, 0))
+
+    def _reconnected(self) -> Channel:
+        while True:
+            self._observe(Status.POSTCOPY_PAUSED)
+            listener = self._listeners.get()
+            if listener is None:
+                raise CancelledError("the rest of the guest's memory was not waited for")
+            try:
+                return self._resumed(listener)
+            finally:
+                listener.close()
+
+    def _resumed(self, listener: Listener) -> Channel:
+        while True:
+            with contextlib.suppress(PeerError), contextlib.ExitStack() as stack:
+                self._use(listener)
+                main = stack.enter_context(listener.accept())
+                if not hmac.compare_digest(main.expect(Resume).session, self._session):
+                    main.send(Failed("this is not the migration that is to be resumed"))
+                    continue
+                self._observe(Status.POSTCOPY_RECOVER)
+                for message in self._ram.lacking():
+                    main.send(message)
+                main.send(Resumed())
+                urgent = stack.enter_context(listener.accept(HANDSHAKE_TIMEOUT, unless=main))
+                if not hmac.compare_digest(urgent.expect(Join).session, self._session):
+                    continue
+                urgent.send(Joined())
+                for channel in (main, urgent):
+                    channel.set_timeout(0)
+                self._ram.ask_again()
+                self._serve_faults(main, urgent)
+                stack.pop_all()
+                return main
+            self._observe(Status.POSTCOPY_PAUSED)

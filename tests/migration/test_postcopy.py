@@ -1,0 +1,197 @@
+"""Guests that run on the destination before all of their memory is there."""
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing
+from pathlib import Path
+
+import pytest
+from support.custody import Custody
+from support.running import FIRST, LAST, RunningPC
+from support.waiting import BOUND, Task, wait_until
+
+from dirtylog.errors import CancelledError, DisconnectedError, HostError
+from dirtylog.guests.dirtier import COUNTER_ADDRESS, check_pages
+from dirtylog.machine import KVMMachine, PCMachine, RunState, UnicornMachine
+from dirtylog.machine.kvm import vcpu
+from dirtylog.machine.pc import RAM_NAME
+from dirtylog.machine.unicorn import cpu
+from dirtylog.migration import (
+    IncomingMigration,
+    Listener,
+    OutgoingMigration,
+    Parameters,
+    Status,
+    parse_address,
+)
+from dirtylog.migration.batch import Batch
+from dirtylog.migration.owed import OwedPages
+from dirtylog.units import MIB, PAGE_SIZE
+
+_POSTCOPY = Parameters(downtime_limit=0.0, postcopy=True)
+"""Never switched over in any other way."""
+_MACHINES: dict[str, Callable[..., PCMachine]] = {"kvm": KVMMachine, "unicorn": UnicornMachine}
+
+
+class Pair:
+    """A guest that is migrated, and the machine that receives it."""
+
+    def __init__(self, stack: ExitStack, kind: str, path: Path, size: int = 8 * MIB) -> None:
+        self.source, self.destination = (self._machine(stack, _MACHINES[kind], size) for _ in range(2))
+        self.custody = Custody(self.source.machine, self.destination.machine)
+        self.source.boot_dirtier()
+        self.source.machine.resume()
+        self.source.wait_for_rounds()
+        self.path = path
+        self.listener = stack.enter_context(closing(Listener(parse_address(f"unix:{path}"))))
+        self.incoming = IncomingMigration(self.destination.machine, self.listener)
+        self.arriving = Task(self.incoming.run)
+        stack.callback(self.arriving.error)
+        stack.callback(self.incoming.abort)
+
+    @staticmethod
+    def _machine(stack: ExitStack, make: Callable[..., PCMachine], size: int) -> RunningPC:
+        running = RunningPC(make, size)
+        stack.callback(running.machine.close)
+        return running
+
+    def migrate(self, stack: ExitStack, parameters: Parameters = _POSTCOPY) -> None:
+        self.outgoing = OutgoingMigration(self.source.machine, self.listener.address, parameters)
+        self.leaving = Task(self.outgoing.run)
+        stack.callback(self.leaving.error)
+        stack.callback(self.outgoing.close)
+
+    def check(self) -> None:
+        """The guest runs there, and its memory keeps the page rule."""
+        assert self.custody.most == 1  # M1
+        assert self.source.machine.state is RunState.POSTMIGRATE
+        self.destination.wait_for_rounds()
+        self.destination.machine.pause()
+        memory = self.destination.memory.blocks[RAM_NAME].array
+        rounds = int.from_bytes(self.destination.system.read(COUNTER_ADDRESS, 8), "little")
+        assert check_pages(memory[FIRST:LAST:PAGE_SIZE], rounds) is None
+
+
+@pytest.fixture
+def stack() -> Iterator[ExitStack]:
+    with ExitStack() as stack:
+        yield stack
+
+
+@pytest.fixture(params=["kvm", "unicorn"])
+def pair(request: pytest.FixtureRequest, stack: ExitStack, tmp_path: Path) -> Pair:
+    if request.param == "kvm":
+        request.getfixturevalue("kvm")
+    return Pair(stack, request.param, tmp_path / "m")
+
+
+_HANDED_OVER = {Status.POSTCOPY_ACTIVE, Status.POSTCOPY_PAUSED, Status.COMPLETED}
+
+
+class Gate:
+    """What is sent in order waits for it; what the guest asks for does not."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._open = threading.Event()
+        take = OwedPages.take
+
+        def held(owed: OwedPages) -> Batch | None:
+            assert self._open.wait(BOUND), "nobody opened the gate"
+            return take(owed)
+
+        monkeypatch.setattr(OwedPages, "take", held)
+
+    def open(self) -> None:
+        self._open.set()
+
+    def shut(self) -> None:
+        self._open.clear()
+
+
+@pytest.fixture
+def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
+    gate = Gate(monkeypatch)
+    yield gate
+    gate.open()
+
+
+def _hand_over(pair: Pair, stack: ExitStack, parameters: Parameters = _POSTCOPY) -> None:
+    pair.migrate(stack, parameters)
+    wait_until(lambda: pair.outgoing.status is Status.ACTIVE, "memory is sent")
+    pair.outgoing.start_postcopy()
+    wait_until(lambda: {pair.outgoing.status, pair.incoming.status} <= _HANDED_OVER, "the guest was handed over")
+
+
+def _lose(pair: Pair, gate: Gate, stack: ExitStack) -> None:
+    """Have both sides paused, with pages missing that the guest waits for."""
+    _hand_over(pair, stack)
+    wait_until(lambda: pair.outgoing.statistics.postcopy_requests, "the guest has asked for a page")
+    pair.outgoing.pause()
+    gate.open()
+    wait_until(lambda: {pair.outgoing.status, pair.incoming.status} == {Status.POSTCOPY_PAUSED}, "both sides pause")
+
+
+def _recover(pair: Pair, path: Path) -> None:
+    listener = Listener(parse_address(f"unix:{path}/again"))
+    pair.incoming.recover(lambda: listener)
+    pair.outgoing.resume(listener.address)
+    assert pair.leaving.error() is None
+    assert pair.arriving.error() is None
+
+
+def test_guest_runs_there_before_its_memory_and_loses_nothing(pair: Pair, stack: ExitStack) -> None:  # D1, M1
+    _hand_over(pair, stack)
+    assert pair.leaving.error() is None
+    assert pair.arriving.error() is None
+    assert pair.outgoing.status is pair.incoming.status is Status.COMPLETED
+    pair.check()
+
+
+def test_pages_that_the_guest_waits_for_come_before_the_others(pair: Pair, gate: Gate, stack: ExitStack) -> None:
+    _hand_over(pair, stack)
+    pair.destination.wait_for_rounds()
+    gate.open()
+    assert pair.leaving.error() is None
+    assert pair.arriving.error() is None
+    blocktime, sent = pair.incoming.blocktime, pair.outgoing.statistics
+    assert blocktime is not None
+    assert 0 < sent.postcopy_requests <= blocktime.requests <= sent.passes[-1].pages
+    assert len(blocktime.latencies) == blocktime.requests
+    assert 0 < blocktime.quantile(0.5) <= blocktime.quantile(0.99) <= blocktime.vcpu_blocked[0]
+    pair.check()
+
+
+def test_lost_connection_pauses_both_sides_and_another_goes_on(
+    pair: Pair, gate: Gate, stack: ExitStack, tmp_path: Path
+) -> None:
+    _lose(pair, gate, stack)
+    _recover(pair, tmp_path)
+    pair.check()
+
+
+def test_guest_that_waits_for_a_page_while_it_is_to_stop_runs_on(
+    pair: Pair, gate: Gate, stack: ExitStack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vcpu, "PARK_TIMEOUT", 0.2)
+    monkeypatch.setattr(cpu, "PARK_TIMEOUT", 0.2)
+    _lose(pair, gate, stack)
+    with pytest.raises(HostError, match="vcpu0 did not stop") as caught:
+        pair.destination.machine.pause()
+    assert "its memory is still to arrive" in str(caught.value.remedy)
+    _recover(pair, tmp_path)
+    pair.check()
+
+
+def test_destination_that_gives_up_ends_though_the_guest_waits(pair: Pair, gate: Gate, stack: ExitStack) -> None:
+    _lose(pair, gate, stack)
+    pair.incoming.abort()
+    assert isinstance(pair.arriving.error(), CancelledError)
+    assert pair.destination.machine.state is RunState.PAUSED
+
+
+def test_source_that_gives_up_keeps_the_guest_stopped(pair: Pair, gate: Gate, stack: ExitStack) -> None:  # M1
+    _lose(pair, gate, stack)
+    pair.outgoing.close()
+    assert isinstance(pair.leaving.error(), DisconnectedError)
+    assert pair.outgoing.status is Status.FAILED
+    assert pair.source.machine.state is RunState.POSTMIGRATE
