@@ -3,10 +3,21 @@ import socket
 import struct
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+from support.waiting import BOUND, Task
 
-from dirtylog.linux.sockets import keep_alive, receive_files, set_buffers, set_timeouts
+from dirtylog.linux.sockets import (
+    connect_unix,
+    hear_out,
+    keep_alive,
+    listen_tcp,
+    receive_files,
+    set_buffers,
+    set_timeouts,
+    shut_down,
+)
 from dirtylog.units import MIB
 
 
@@ -116,3 +127,58 @@ def test_descriptors_come_with_their_bytes_and_what_is_lost_is_told(
     finally:
         for file in files:
             os.close(file)
+
+
+def test_connection_to_a_path_keeps_its_timeouts(tmp_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(f"{tmp_path}/x")
+        server.listen()
+        with connect_unix(f"{tmp_path}/x", 0.02) as sock, pytest.raises(BlockingIOError):
+            sock.recv(1)
+
+
+def test_nobody_at_a_path_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        connect_unix(f"{tmp_path}/x", 1.0)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
+def test_listening_socket_does_not_block_and_takes_connections(host: str) -> None:
+    with listen_tcp(host, 0, 1) as server:
+        with pytest.raises(BlockingIOError):
+            server.accept()
+        with socket.create_connection(server.getsockname()[:2]):
+            pass
+
+
+def test_shut_down_ends_what_waits_and_what_is_gone_is_no_error(pair: tuple[socket.socket, socket.socket]) -> None:
+    one, other = pair
+    task = Task(lambda: one.recv(1))
+    shut_down(one, socket.SHUT_RDWR)
+    task.join()
+    other.close()
+    shut_down(one, socket.SHUT_RDWR)
+    one.close()
+    shut_down(one, socket.SHUT_RDWR)
+
+
+class TestHearOut:
+    def test_peer_reads_what_was_said_and_what_it_says_is_thrown_away(
+        self, pair: tuple[socket.socket, socket.socket]
+    ) -> None:
+        one, other = pair
+        one.sendall(b"last words")
+        task = Task(lambda: hear_out(one, BOUND))
+        other.sendall(bytes(10 * MIB))
+        assert other.recv(100) == b"last words"
+        assert other.recv(1) == b""
+        other.close()
+        task.join()
+
+    def test_silent_peer_is_waited_for_only_so_long(self, pair: tuple[socket.socket, socket.socket]) -> None:
+        hear_out(pair[0], 0.02)
+        assert pair[1].recv(1) == b""
+
+    def test_peer_that_has_gone_is_no_error(self, pair: tuple[socket.socket, socket.socket]) -> None:
+        pair[1].close()
+        hear_out(pair[0], BOUND)

@@ -1,9 +1,13 @@
 """What Python's sockets have no words for."""
 
 import array
+import contextlib
 import socket
 import struct
+import time
 from typing import Final
+
+from dirtylog.units import MIB
 
 _SO_SNDBUFFORCE: Final = 32  # include/uapi/asm-generic/socket.h
 _SO_RCVBUFFORCE: Final = 33
@@ -33,6 +37,48 @@ def set_timeouts(sock: socket.socket, seconds: float) -> None:
     timeval = struct.pack("qq", int(seconds), int(seconds % 1 * 1_000_000))
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, timeval)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, timeval)
+
+
+def connect_unix(path: str, timeout: float) -> socket.socket:
+    """A connection to who listens at a path; its timeouts stay those of `set_timeouts`."""
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        set_timeouts(sock, timeout)
+        sock.connect(path)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def listen_tcp(host: str, port: int, backlog: int) -> socket.socket:
+    """A non-blocking socket that listens at the first address that a host has."""
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    family, _, _, _, where = found[0]
+    sock = socket.create_server(where[:2], family=family, backlog=backlog)
+    sock.setblocking(False)
+    return sock
+
+
+def shut_down(sock: socket.socket, how: int) -> None:
+    """End one direction or both (shutdown(2)), in whichever thread waits there."""
+    with contextlib.suppress(OSError):  # the peer was quicker; or closed here already, which is as good
+        sock.shutdown(how)
+
+
+def hear_out(sock: socket.socket, seconds: float) -> None:
+    """Say no more, and throw away what arrives until the peer closes, falls silent or has talked for ``seconds``.
+
+    A close with unread bytes would be a reset, which can overtake what was said last.
+    """
+    deadline = time.monotonic() + seconds
+    set_timeouts(sock, seconds)
+    try:
+        sock.shutdown(socket.SHUT_WR)
+        while sock.recv(MIB) and time.monotonic() < deadline:
+            pass
+    except OSError:  # gone, or silent for too long: nobody left to be polite to
+        return
 
 
 def receive_files(sock: socket.socket, size: int, count: int) -> tuple[bytes, list[int], bool]:

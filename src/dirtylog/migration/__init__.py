@@ -1,7 +1,7 @@
 """Moving a running machine to another process.
 
-The protocol (`messages`, `protocol`) does no I/O; `channel` does, and nothing else. `outgoing` and `incoming` drive the
-two sides, `ram` walks dirty memory, `economy` decides how it is sent, and `switchover` when to stop the guest.
+The protocol (`messages`, `protocol`) does no I/O; `channel` does, over a `stream`. `outgoing` and `incoming` drive
+the two sides, `ram` walks dirty memory, `economy` decides how it is sent, and `switchover` when to stop the guest.
 """
 
 from dirtylog.migration.address import Address, FileAddress, parse_address

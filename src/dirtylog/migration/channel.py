@@ -1,4 +1,4 @@
-"""The sockets of a migration: the only module that does its I/O."""
+"""The connections of a migration: who connects to whom, and what they say there."""
 
 import contextlib
 import os
@@ -17,23 +17,30 @@ from dirtylog.errors import (
     RefusedError,
     UsageError,
 )
-from dirtylog.linux.mapping import Contents, FilePart, memory_of
+from dirtylog.linux.mapping import Contents
 from dirtylog.linux.socketfile import SocketFile
-from dirtylog.linux.sockets import keep_alive, receive_files, set_buffers, set_timeouts
+from dirtylog.linux.sockets import (
+    connect_unix,
+    hear_out,
+    keep_alive,
+    listen_tcp,
+    receive_files,
+    set_buffers,
+    set_timeouts,
+    shut_down,
+)
 from dirtylog.linux.wakeup import Waiter, Wakeup
 from dirtylog.migration.address import Address, FileAddress, TCPAddress, UnixAddress
 from dirtylog.migration.messages import MAX_CHANNELS, Failed, Message
 from dirtylog.migration.protocol import Protocol, Role
-from dirtylog.units import KIB, MIB
+from dirtylog.migration.stream import PlainStream, Stream
+from dirtylog.units import MIB
 
 BUFFER_SIZE: Final = 4 * MIB
 CONNECT_TIMEOUT: Final = 10.0
 HANDSHAKE_TIMEOUT: Final = 10.0
 STALL_TIMEOUT: Final = 30.0
 """Seconds without a byte moving after which the peer counts as gone."""
-_IOV_MAX: Final = 1024
-_FILE_SIZE: Final = 64 * KIB
-"""Shorter parts of files are sent faster as memory, many in one call."""
 _WITH_FILES: Final = b"F"
 """The byte that descriptors travel with."""
 _DRAIN_SECONDS: Final = 2.0
@@ -44,18 +51,23 @@ _M = TypeVar("_M", bound=Message)
 class Channel:
     """A connected socket that speaks the protocol. One thread uses it; any may `abort` it.
 
+    Args:
+        sock: owned from now on.
+        role: which side this is.
+        stream: how bytes travel over the socket; as they are unless given.
+
     Attributes:
         peer: who the other side is, for messages.
         stage: how far the conversation has come, see `Protocol`.
-        passes_files: whether descriptors can be sent: over Unix sockets. There, long parts of files are not copied into
-            the socket, since Linux 6.5. Measured, that halves the sender's CPU time; over TCP's loopback it adds half.
+        passes_files: whether descriptors can be sent: over Unix sockets.
     """
 
-    def __init__(self, sock: socket.socket, role: Role) -> None:
+    def __init__(self, sock: socket.socket, role: Role, stream: Stream | None = None) -> None:
         self._socket = sock
+        self._stream: Stream = stream or PlainStream(sock)
         self._protocol = Protocol(role)
         self._aborted = False
-        self.passes_files = sock.family == socket.AF_UNIX
+        self.passes_files = self._stream.passes_files
         self.peer = "destination" if role is Role.SOURCE else "source"
         try:
             with self._io():
@@ -64,7 +76,7 @@ class Channel:
                     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                     keep_alive(sock)
                 self.set_timeout(HANDSHAKE_TIMEOUT)
-                sock.sendall(Protocol.preamble())
+                self._stream.send([memoryview(Protocol.preamble())])
         except BaseException:
             self.close()
             raise
@@ -90,29 +102,9 @@ class Channel:
         What is long and in a file is not copied into the socket, which only refers to its pages: the peer may get what
         is written there until it has received them, as long as the migration lasts.
         """
-        buffers = [memoryview(self._protocol.send(message))]
-        total = len(buffers[0])
+        parts: list[Contents] = [memoryview(self._protocol.send(message)), *payload]
         with self._io():
-            for part in payload:
-                memory = memory_of(part)
-                total += len(memory)
-                if isinstance(part, FilePart) and self.passes_files and len(memory) >= _FILE_SIZE:
-                    self._send_buffers(buffers)
-                    self._send_file(part)
-                    buffers = []
-                else:
-                    buffers.append(memory)
-            self._send_buffers(buffers)
-        return total
-
-    def _send_buffers(self, buffers: list[memoryview]) -> None:
-        while buffers:
-            _advance(buffers, self._socket.sendmsg(buffers[:_IOV_MAX]))
-
-    def _send_file(self, part: FilePart) -> None:
-        offset, end = part.offset, part.offset + len(part.memory)
-        while offset < end:
-            offset += os.sendfile(self._socket.fileno(), part.fd, offset, end - offset)
+            return self._stream.send(parts)
 
     def send_files(self, files: Sequence[int]) -> None:
         """Send descriptors, right after the message that announces them."""
@@ -166,9 +158,19 @@ class Channel:
             RefusedError: it gives up, and says why.
             ProtocolError: it says something else.
         """
-        with contextlib.suppress(BlockingIOError):
-            self._socket.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+        with self._io():
+            has_arrived = self._stream.has_arrived()
+        if has_arrived:
             raise self._unexpected(self.receive(), "before its time")
+
+    @property
+    def has_buffered(self) -> bool:
+        """Whether something can be received that no poll of `fileno` tells of: ask before each poll.
+
+        Raises:
+            ProtocolError: what came was not made by the peer.
+        """
+        return self._stream.has_buffered
 
     def _unexpected(self, message: Message, when: str) -> RefusedError | ProtocolError:
         if isinstance(message, Failed):
@@ -178,11 +180,9 @@ class Channel:
     def receive_into(self, buffers: list[memoryview]) -> None:
         """Fill buffers, straight from the socket."""
         with self._io():
-            while buffers:
-                received, *_ = self._socket.recvmsg_into(buffers[:_IOV_MAX], 0, socket.MSG_WAITALL)
-                if not received:
-                    raise self._ended()
-                _advance(buffers, received)
+            whole = self._stream.receive_into(buffers)
+        if not whole:
+            raise self._ended()
 
     def _exactly(self, size: int) -> bytes:
         buffer = bytearray(size)
@@ -192,24 +192,15 @@ class Channel:
     def abort(self) -> None:
         """Make every call fail, in whichever thread it waits. The socket stays to be closed."""
         self._aborted = True
-        try:
-            self._socket.shutdown(socket.SHUT_RDWR)
-        except OSError:  # the peer was quicker; or closed here already, which is as good
-            return
+        shut_down(self._socket, socket.SHUT_RDWR)
 
     def stop_receiving(self) -> None:
         """Make every `receive` fail, in whichever thread it waits. Something can still be sent."""
-        try:
-            self._socket.shutdown(socket.SHUT_RD)
-        except OSError:  # the peer was quicker
-            return
+        shut_down(self._socket, socket.SHUT_RD)
 
     def stop_sending(self) -> None:
         """Make every `send` fail, in whichever thread it waits. What the peer said before can still be received."""
-        try:
-            self._socket.shutdown(socket.SHUT_WR)
-        except OSError:  # the peer was quicker
-            return
+        shut_down(self._socket, socket.SHUT_WR)
 
     def last_words(self) -> RefusedError | None:
         """After the connection failed: what the peer may have said before it ended, as an error."""
@@ -227,18 +218,8 @@ class Channel:
         return self._socket.fileno()
 
     def finish(self) -> None:
-        """Say no more, and let the peer read what was said: bytes that arrive meanwhile are thrown away.
-
-        A close with unread bytes would be a reset, which can overtake our last message.
-        """
-        deadline = time.monotonic() + _DRAIN_SECONDS
-        self.set_timeout(_DRAIN_SECONDS)
-        try:
-            self._socket.shutdown(socket.SHUT_WR)
-            while self._socket.recv(MIB) and time.monotonic() < deadline:
-                pass
-        except OSError:  # gone, or silent for too long: nobody left to be polite to
-            return
+        """Say no more, and let the peer read what was said: bytes that arrive meanwhile are thrown away."""
+        hear_out(self._socket, _DRAIN_SECONDS)
 
     def close(self) -> None:
         """Close the socket; idempotent."""
@@ -266,17 +247,6 @@ class Channel:
         )
 
 
-def _advance(buffers: list[memoryview], done: int) -> None:
-    """Drop the first ``done`` bytes from a list of buffers."""
-    index = 0
-    while index < len(buffers) and done >= len(buffers[index]):
-        done -= len(buffers[index])
-        index += 1
-    del buffers[:index]
-    if done:
-        buffers[0] = buffers[0][done:]
-
-
 def _of_socket(address: Address) -> UnixAddress | TCPAddress:
     if isinstance(address, FileAddress):
         raise UsageError(f"nobody can connect to {address}", remedy="use unix:PATH or tcp:HOST:PORT")
@@ -293,13 +263,7 @@ def connect(address: Address) -> Channel:
     address = _of_socket(address)
     try:
         if isinstance(address, UnixAddress):
-            sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-            try:
-                set_timeouts(sock, CONNECT_TIMEOUT)
-                sock.connect(address.path)
-            except BaseException:
-                sock.close()
-                raise
+            sock = connect_unix(address.path, CONNECT_TIMEOUT)
         else:
             sock = socket.create_connection((address.host, address.port), timeout=CONNECT_TIMEOUT)
             sock.settimeout(None)
@@ -385,14 +349,9 @@ class Listener:
 
 def _listen_tcp(address: TCPAddress) -> socket.socket:
     try:
-        family, _, _, _, where = socket.getaddrinfo(
-            address.host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        sock = socket.create_server(where[:2], family=family, backlog=MAX_CHANNELS)
+        return listen_tcp(address.host, address.port, MAX_CHANNELS)
     except OSError as error:
         raise HostError(
             f"cannot listen at {address}: {error.strerror or error}",
             remedy="choose an address of this host, and a port that is free",
         ) from error
-    sock.setblocking(False)
-    return sock
