@@ -364,6 +364,14 @@ def test_peer_that_waits_is_quiet_and_one_that_is_gone_is_not(channels: tuple[Ch
         destination.check_quiet()
 
 
+def test_peer_whose_connection_was_reset_is_not_quiet(channels: tuple[Channel, Channel]) -> None:
+    source, destination = channels
+    destination.send(Failed("unread"))
+    source.close()
+    with pytest.raises(DisconnectedError, match="Connection reset by peer"):
+        destination.check_quiet()
+
+
 def test_peer_that_speaks_is_not_quiet(channels: tuple[Channel, Channel]) -> None:
     source, destination = channels
     source.send(Failed("enough"))

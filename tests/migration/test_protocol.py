@@ -182,6 +182,13 @@ def test_preamble_is_magic_and_version() -> None:
     assert Protocol.preamble() == b"DIRTYLOG\x03\x00\x00\x00" == MAGIC + struct.pack("<I", VERSION)
 
 
+def test_peer_that_speaks_tls_is_told_from_others() -> None:
+    with pytest.raises(ProtocolError, match="the source speaks TLS, and this side does not") as caught:
+        Protocol(Role.DESTINATION).receive(bytes.fromhex("160301014001 00013c030300 "))
+    assert caught.value.remedy is not None
+    assert "--tls-creds" in caught.value.remedy
+
+
 @pytest.mark.parametrize("role", Role)
 @pytest.mark.parametrize(
     "data",

@@ -96,7 +96,8 @@ def test_page_has_preamble_head_and_times(tables: Tables) -> None:
     assert (PREAMBLE.size, HEAD.size) == (12, 8)
     assert f"`{channel._WITH_FILES.hex()}` (`{channel._WITH_FILES.decode()}`)" in text
     silence = {(who, what): bound for who, what, bound in tables["who", "waits for", "at most"]}
-    assert silence["either", "the next byte, until `Welcome`"] == f"{channel.HANDSHAKE_TIMEOUT:.0f} s"
+    for what in ("the end of the handshake of TLS", "the next byte, until `Welcome`"):
+        assert silence["either", what] == f"{channel.HANDSHAKE_TIMEOUT:.0f} s"
     stall = f"{channel.STALL_TIMEOUT:.0f} s"
     assert silence["source", "a byte to move, in either direction, after `Welcome`"] == stall
     assert silence["destination", "the first byte of a further channel"] == f"{incoming._JOIN_TIMEOUT:.0f} s"

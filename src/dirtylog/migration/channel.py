@@ -6,6 +6,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Final, Self, TypeVar
 
 from dirtylog.errors import (
@@ -13,9 +14,9 @@ from dirtylog.errors import (
     DirtylogError,
     DisconnectedError,
     HostError,
+    PeerError,
     ProtocolError,
     RefusedError,
-    UsageError,
 )
 from dirtylog.linux.mapping import Contents
 from dirtylog.linux.socketfile import SocketFile
@@ -30,10 +31,12 @@ from dirtylog.linux.sockets import (
     shut_down,
 )
 from dirtylog.linux.wakeup import Waiter, Wakeup
-from dirtylog.migration.address import Address, FileAddress, TCPAddress, UnixAddress
+from dirtylog.migration.address import Address, TCPAddress, UnixAddress
+from dirtylog.migration.credentials import Credentials, socket_address
 from dirtylog.migration.messages import MAX_CHANNELS, Failed, Message
 from dirtylog.migration.protocol import Protocol, Role
 from dirtylog.migration.stream import PlainStream, Stream
+from dirtylog.migration.tls import Handshakes
 from dirtylog.units import MIB
 
 BUFFER_SIZE: Final = 4 * MIB
@@ -247,20 +250,20 @@ class Channel:
         )
 
 
-def _of_socket(address: Address) -> UnixAddress | TCPAddress:
-    if isinstance(address, FileAddress):
-        raise UsageError(f"nobody can connect to {address}", remedy="use unix:PATH or tcp:HOST:PORT")
-    return address
-
-
-def connect(address: Address) -> Channel:
+def connect(address: Address, credentials: Credentials | None = None, handshakes: Handshakes | None = None) -> Channel:
     """Connect to a destination that listens at an address.
+
+    Args:
+        address: a `TLSAddress` takes credentials, others none.
+        credentials: the source's.
+        handshakes: by which another thread can end that of TLS.
 
     Raises:
         DisconnectedError: nobody listens there, or cannot be reached.
-        UsageError: it is a file.
+        PeerError: one side does not accept the other.
+        UsageError: it is a file, or lacks credentials.
     """
-    address = _of_socket(address)
+    address = socket_address(address, credentials)
     try:
         if isinstance(address, UnixAddress):
             sock = connect_unix(address.path, CONNECT_TIMEOUT)
@@ -269,23 +272,54 @@ def connect(address: Address) -> Channel:
             sock.settimeout(None)
     except OSError as error:
         reason = error.strerror or str(error)
+        with_credentials = "" if credentials is None else " --tls-creds DIR"
         raise DisconnectedError(
             f"cannot connect to the destination at {address}: {reason}",
-            remedy=f"start it there with 'dirtylog run --incoming {address}'",
+            remedy=f"start it there with 'dirtylog run --incoming {address}{with_credentials}'",
         ) from error
-    return Channel(sock, Role.SOURCE)
+    if credentials is None or isinstance(address, UnixAddress):
+        return Channel(sock, Role.SOURCE)
+    handshakes = handshakes or Handshakes()
+    return Channel(sock, Role.SOURCE, handshakes.shake_hands(sock, credentials, address.host, HANDSHAKE_TIMEOUT))
+
+
+def greet(sock: socket.socket, credentials: Credentials | None, handshakes: Handshakes) -> Channel:
+    """The channel to a source that has connected, once both have proved who they are if there are credentials.
+
+    The socket is the channel's, or is closed. This takes `HANDSHAKE_TIMEOUT` and a little more at most.
+
+    Raises:
+        PeerError: it is gone, or is not accepted.
+        CancelledError: ``handshakes`` were aborted.
+    """
+    if credentials is None:
+        return Channel(sock, Role.DESTINATION)
+    return Channel(sock, Role.DESTINATION, handshakes.shake_hands(sock, credentials, None, HANDSHAKE_TIMEOUT))
 
 
 class Listener:
     """Waits for a source at an address; owns the socket, and its file if it has one.
 
+    Args:
+        address: a `TLSAddress` takes credentials, others none.
+        credentials: the destination's.
+        turned_away: told why a connection came to nothing because it was not encrypted, or not by whom it should be.
+
     Raises:
-        UsageError: the address is in use or cannot be one.
+        UsageError: the address is in use, cannot be one, or lacks credentials.
         HostError: the host does not let us listen there.
     """
 
-    def __init__(self, address: Address) -> None:
-        address = _of_socket(address)
+    def __init__(
+        self,
+        address: Address,
+        credentials: Credentials | None = None,
+        turned_away: Callable[[PeerError], None] | None = None,
+    ) -> None:
+        address = socket_address(address, credentials)
+        self._credentials = credentials
+        self._turned_away = turned_away
+        self._handshakes = Handshakes()
         self._lock = threading.Lock()
         self._closed = False
         self._wakeup = Wakeup()
@@ -298,14 +332,14 @@ class Listener:
             else:
                 self._socket = _listen_tcp(address)
                 self._close = self._socket.close
-                self.address = TCPAddress(address.host, self._socket.getsockname()[1])
+                self.address = replace(address, port=self._socket.getsockname()[1])
         except BaseException:
             self._wakeup.close()
             raise
         self._aborted = False
 
     def accept(self, timeout: float | None = None, *, unless: Channel | None = None) -> Channel:
-        """Wait for a source, for some seconds or for ever.
+        """Wait for a source, for some seconds or for ever. With credentials, those without are turned away meanwhile.
 
         Args:
             timeout: seconds.
@@ -328,11 +362,18 @@ class Listener:
                     raise DisconnectedError("nobody connected") from None
                 continue
             sock.setblocking(True)
-            return Channel(sock, Role.DESTINATION)
+            try:
+                return greet(sock, self._credentials, self._handshakes)
+            except PeerError as error:
+                if self._credentials is None:
+                    raise
+                if self._turned_away is not None:
+                    self._turned_away(error)
         raise CancelledError("waiting for a migration was cancelled")
 
     def abort(self) -> None:
         """Make `accept` give up, in whichever thread it waits; nothing to do after `close`."""
+        self._handshakes.abort()
         with self._lock:
             self._aborted = True
             if not self._closed:

@@ -4,26 +4,53 @@ import threading
 
 from dirtylog.migration.address import Address, FileAddress
 from dirtylog.migration.channel import connect
+from dirtylog.migration.credentials import Credentials, credentials_for
 from dirtylog.migration.file import FileOutlet
 from dirtylog.migration.messages import Join, Joined
 from dirtylog.migration.outlet import Outlet
+from dirtylog.migration.protocol import Role
+from dirtylog.migration.tls import Handshakes
 
 
 class Connections:
-    """Opens channels, and makes them fail or closes them all. May be used from any thread."""
+    """Opens channels, and makes them fail or closes them all. May be used from any thread.
 
-    def __init__(self) -> None:
+    Args:
+        tls_creds: the directory with the source's credentials; empty for none.
+        tls_hostname: the name that the destination's certificate must have; empty for that of its address.
+    """
+
+    def __init__(self, tls_creds: str = "", tls_hostname: str = "") -> None:
+        self._tls = tls_creds, tls_hostname
+        self._handshakes = Handshakes()
         self._lock = threading.Lock()
         self._channels: list[Outlet] = []
         self._aborted = False
+
+    def check(self, address: Address) -> None:
+        """Find out whether there are credentials for an address that wants some.
+
+        Raises:
+            UsageError: there are not, or they cannot be used.
+        """
+        self._credentials(address)
+
+    def _credentials(self, address: Address) -> Credentials | None:
+        directory, hostname = self._tls
+        return credentials_for(address, directory, Role.SOURCE, hostname)
 
     def open(self, address: Address) -> Outlet:
         """One more channel.
 
         Raises:
-            DisconnectedError: nobody listens there.
+            PeerError: nobody listens there, or one side does not accept the other.
+            UsageError: see `check`.
         """
-        channel = FileOutlet(address.path) if isinstance(address, FileAddress) else connect(address)
+        channel: Outlet
+        if isinstance(address, FileAddress):
+            channel = FileOutlet(address.path)
+        else:
+            channel = connect(address, self._credentials(address), self._handshakes)
         with self._lock:
             self._channels.append(channel)
             if self._aborted:
@@ -43,6 +70,7 @@ class Connections:
 
     def abort(self) -> None:
         """Make every call on any of them fail, and on those that are still to come, as if it was cancelled."""
+        self._handshakes.abort()
         with self._lock:
             self._aborted = True
             for channel in self._channels:

@@ -58,7 +58,8 @@ class OutgoingMigration:
         error: why it failed, if it did.
 
     Raises:
-        UsageError: the machine cannot be slowed down, or its memory not be shared, as the parameters want.
+        UsageError: the machine cannot be slowed down, or its memory not be shared, as the parameters want; or the
+            credentials for TLS cannot be used.
     """
 
     def __init__(
@@ -93,7 +94,8 @@ class OutgoingMigration:
             raise UsageError("a file is written on one channel", remedy="leave further channels out")
         self._governor = Governor(machine, self.statistics, parameters.slowdown)
         self._session = os.urandom(16)
-        self._connections = Connections()
+        self._connections = Connections(parameters.tls_creds, parameters.tls_hostname)
+        self._connections.check(address)
         self._began = time.monotonic()
 
     @property

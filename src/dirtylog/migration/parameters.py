@@ -55,13 +55,27 @@ class Parameters:
         throttle: how much is too much, and how far to go in each step.
         vcpu_dirty_limit: MiB a second that each vCPU may write then.
         dirty_limit_period: seconds between two adjustments to that.
+        tls_creds: the directory of the `Credentials` for a `TLSAddress`; empty for none.
+        tls_hostname: the name that the destination's certificate must have; empty for that of its address.
 
     Raises:
         UsageError: a value is out of range.
     """
 
     AGREED: ClassVar = frozenset(
-        {"clear_chunk", "verify", "share_memory", "channels", "compression", "delta_cache", "slowdown", "postcopy"}
+        {
+            *(
+                "clear_chunk",
+                "verify",
+                "share_memory",
+                "channels",
+                "compression",
+                "delta_cache",
+                "slowdown",
+                "postcopy",
+            ),
+            *("tls_creds", "tls_hostname"),
+        }
     )
     """What cannot change any more once a migration has begun."""
 
@@ -81,6 +95,8 @@ class Parameters:
     throttle: ThrottleParameters = field(default_factory=ThrottleParameters)
     vcpu_dirty_limit: int = 1
     dirty_limit_period: float = 1.0
+    tls_creds: str = ""
+    tls_hostname: str = ""
 
     def __post_init__(self) -> None:
         if not 0 <= self.downtime_limit <= MAX_DOWNTIME_LIMIT:

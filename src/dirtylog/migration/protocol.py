@@ -110,6 +110,8 @@ class Stage(Enum):
     FAILED = auto()
 
 
+_TLS_HANDSHAKE: Final = b"\x16\x03"
+"""How a client of TLS begins (RFC 8446, section 5.1)."""
 _MEMORY: Final = (Pages, EncodedPages, ZeroPages)
 _OVER: Final = (Stage.TAKEN, Stage.FINISHED, Stage.FAILED)
 
@@ -229,6 +231,11 @@ class Protocol:
 
     def _check_preamble(self, data: bytes) -> None:
         magic, version = PREAMBLE.unpack(data)
+        if data.startswith(_TLS_HANDSHAKE):
+            raise ProtocolError(
+                f"the {self._peer.value} speaks TLS, and this side does not",
+                remedy="use tls:HOST:PORT on both sides, with --tls-creds DIR, or tcp:HOST:PORT on both",
+            )
         if magic != MAGIC:
             raise ProtocolError(
                 f"the {self._peer.value} does not speak dirtylog's migration protocol",
