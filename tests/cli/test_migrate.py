@@ -182,6 +182,34 @@ class TestParameters:
         assert script.commands == ["migrate-set-parameters", "migrate-set-capabilities", f"migrate {_URI}"]
 
     @pytest.mark.parametrize(
+        ("options", "expected"),
+        [
+            (["--tls-creds", "/etc/pki"], {"tls_creds": "/etc/pki"}),
+            (["--tls-creds", "pki"], {"tls_creds": f"{os.getcwd()}/pki"}),
+            (["--tls-hostname", "host"], {"tls_hostname": "host"}),
+            (["--tls-creds", "", "--tls-hostname", ""], {"tls_creds": "", "tls_hostname": ""}),
+            ([], {}),
+        ],
+    )
+    def test_credentials_are_named_to_the_machine_as_it_can_find_them(
+        self, script: Script, path: Path, options: Sequence[str], expected: dict[str, Any]
+    ) -> None:
+        assert main(["migrate", str(path), "tls:host:1", *options]) == 0
+        assert script.parameters == msgspec.structs.replace(_DEFAULTS, **expected)
+
+    @pytest.mark.parametrize("uri", ["tcp:host:1", "unix:x", "file:x"])
+    @pytest.mark.parametrize("option", ["--tls-creds", "--tls-hostname"])
+    def test_credentials_that_would_not_be_used_are_refused(
+        self, script: Script, path: Path, uri: str, option: str, capsys: Capture
+    ) -> None:
+        assert main(["migrate", str(path), uri, option, "x"]) == 2
+        assert capsys.readouterr().err.splitlines() == [
+            f"dirtylog: error: {uri} is not encrypted, whatever the credentials",
+            "  remedy: migrate to tls:HOST:PORT",
+        ]
+        assert script.commands == []
+
+    @pytest.mark.parametrize(
         ("options", "cause"),
         [
             (["--max-downtime", "300"], "'300' is not a duration; write one like 300ms, 2s or 1min"),

@@ -224,6 +224,13 @@ class TestBoot:
         err = capfd.readouterr().err
         assert re.fullmatch(r"dirtylog: waiting for a guest at tcp:127\.0\.0\.1:[1-9]\d*\n", err)
 
+    def test_credentials_are_also_those_of_migrations_away_from_here(self, image: str, here: Here) -> None:
+        def look(client: QMPClient) -> None:
+            parameters = client.execute("query-migrate-parameters")
+            assert (parameters["tls-creds"], parameters["tls-hostname"]) == (f"{os.getcwd()}/pki", "host")
+
+        assert here.run([image, "--tls-creds", "pki", "--tls-hostname", "host"], look) == 0
+
 
 class TestEnd:
     @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -384,6 +391,9 @@ class TestBadOptions:
             (["x", "--entry", "32K"], "--entry and --mode are for flat binaries"),
             (["x", "--mode", "protected"], "--entry and --mode are for flat binaries"),
             (["--incoming", "unix:m", "--paused"], "--paused cannot hold a guest that arrives"),
+            (["--incoming", "tls:host:1"], "tls:host:1 needs credentials"),
+            (["--incoming", "tls::0", "--tls-creds", "/nowhere"], "'/nowhere/ca-cert.pem' cannot be read"),
+            (["--incoming", "tcp::0", "--tls-creds", "/nowhere"], "tcp:127.0.0.1:0 would not be encrypted"),
             (["--incoming", "elsewhere"], "'elsewhere' is not a migration address"),
             (["--incoming", "unix:" + "x" * 108], "113 bytes|108 bytes long"),
         ],

@@ -428,6 +428,8 @@ class TestParameters:
         "max-cpu-throttle": 99,
         "vcpu-dirty-limit": 1,
         "x-vcpu-dirty-limit-period": 1000,
+        "tls-creds": "",
+        "tls-hostname": "",
         "x-clear-chunk": 128 * MIB,
         "x-verify": False,
     }
@@ -458,6 +460,8 @@ class TestParameters:
             ("vcpu-dirty-limit", 1000),
             ("x-vcpu-dirty-limit-period", 1),
             ("x-vcpu-dirty-limit-period", 999),
+            ("tls-creds", "/etc/pki/dirtylog"),
+            ("tls-hostname", "host.example.org"),
             ("x-clear-chunk", 1),
             ("x-verify", True),
         ],

@@ -39,6 +39,8 @@ def test_parameters_change_and_the_rest_stays() -> None:
         ({"clear_chunk": 1}, "clear chunk"),
         ({"compression": Compression.AUTO}, "compression"),
         ({"verify": True}, "verify"),
+        ({"tls_creds": "elsewhere"}, "tls creds"),
+        ({"tls_hostname": "other"}, "tls hostname"),
     ],
 )
 def test_change_of_what_was_agreed_on_is_refused(changes: dict[str, object], name: str) -> None:

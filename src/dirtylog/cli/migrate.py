@@ -1,5 +1,6 @@
 """``dirtylog migrate``: drive a migration over QMP, and show how it goes."""
 
+import os
 import signal
 import threading
 from contextlib import nullcontext
@@ -18,7 +19,7 @@ from dirtylog.control.migration_info import MigrationInfo
 from dirtylog.control.qmp import QMPClient
 from dirtylog.errors import CancelledError, PeerError, ProtocolError, UsageError
 from dirtylog.migration import Address, Compression, Parameters, Slowdown, parse_address
-from dirtylog.migration.address import UnixAddress
+from dirtylog.migration.address import TLSAddress, UnixAddress
 from dirtylog.units import MIB
 
 _POLL_SECONDS: Final = 0.1
@@ -90,6 +91,16 @@ _HANDED_OVER: Final = "postcopy-"
     help="Do so if it has not converged after so many passes.",
 )
 @click.option("--resume", is_flag=True, help="Go on with --postcopy whose connection was lost; see 'dirtylog recover'.")
+@click.option(
+    "--tls-creds",
+    metavar="DIR",
+    help="Certificates and keys of this side for tls:HOST:PORT; as before, or as 'run' was told, unless given.",
+)
+@click.option(
+    "--tls-hostname",
+    metavar="NAME",
+    help="The name that the destination's certificate has, if not HOST; as before unless given.",
+)
 @click.option("--verify", is_flag=True, help="Compare a digest of all memory on both sides before the guest moves.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON, and no progress.")
 def command(
@@ -109,19 +120,23 @@ def command(
     postcopy: bool,
     postcopy_after: int | None,
     resume: bool,
+    tls_creds: str | None,
+    tls_hostname: str | None,
     verify: bool,
     as_json: bool,
 ) -> None:
     """Migrate the guest whose QMP socket is QMP_PATH to the process that waits at URI.
 
-    URI is what the other side was given with 'dirtylog run --incoming': unix:PATH or tcp:HOST:PORT. Or it is file:PATH,
-    from where 'dirtylog run --incoming file:PATH' runs it later. The guest runs on meanwhile, and stays where it is if
-    this fails, or is ended with Ctrl-C. With --postcopy it has moved before its memory has: if the connection is lost
-    then, it waits for what it lacks.
+    URI is what the other side was given with 'dirtylog run --incoming': unix:PATH, tcp:HOST:PORT, or tls:HOST:PORT,
+    which is encrypted. Or it is file:PATH, from where 'dirtylog run --incoming file:PATH' runs it later. The guest runs
+    on meanwhile, and stays where it is if this fails, or is ended with Ctrl-C. With --postcopy it has moved before its
+    memory has: if the connection is lost then, it waits for what it lacks.
     """
     address = parse_address(uri)
     if local:
         _check_local(address, channels)
+    if (tls_creds or tls_hostname) and not isinstance(address, TLSAddress):
+        raise UsageError(f"{address} is not encrypted, whatever the credentials", remedy="migrate to tls:HOST:PORT")
     parameters = Parameters(
         downtime_limit=max_downtime,
         max_bandwidth=bandwidth,
@@ -141,7 +156,7 @@ def command(
         if resume:
             qmp.execute("migrate", uri=uri, resume=True)
         else:
-            _begin(qmp, uri, parameters)
+            _begin(qmp, uri, parameters, _tls(tls_creds, tls_hostname))
             if postcopy:
                 qmp.execute("migrate-start-postcopy")
         info = _follow(qmp, console, interrupted)
@@ -159,6 +174,12 @@ def _check_local(address: Address, channels: int) -> None:
         raise UsageError(f"--local cannot hand memory over at {address}", remedy="use unix:PATH on both sides")
 
 
+def _tls(creds: str | None, hostname: str | None) -> dict[str, str]:
+    """The parameters about TLS that were given, for a process whose working directory may be another."""
+    given = {"tls_creds": os.path.abspath(creds) if creds else creds, "tls_hostname": hostname}
+    return {name: value for name, value in given.items() if value is not None}
+
+
 def _slowdown(dirty_limit: int | None, *, auto_converge: bool) -> dict[str, Any]:
     """The parameters about a guest that dirties memory too fast."""
     if dirty_limit is None:
@@ -170,7 +191,7 @@ def _slowdown(dirty_limit: int | None, *, auto_converge: bool) -> dict[str, Any]
     return {"slowdown": Slowdown.DIRTY_LIMIT, "vcpu_dirty_limit": dirty_limit // MIB}
 
 
-def _begin(qmp: QMPClient, uri: str, parameters: Parameters) -> None:
+def _begin(qmp: QMPClient, uri: str, parameters: Parameters, tls: dict[str, str]) -> None:
     earlier = _query(qmp)
     if earlier is not None and earlier.status not in _ENDED:
         # Parameters would change those of that migration.
@@ -193,6 +214,7 @@ def _begin(qmp: QMPClient, uri: str, parameters: Parameters) -> None:
         x_verify=parameters.verify,
         x_postcopy_after=parameters.postcopy_after,
         **values,
+        **tls,
     )
     on = {
         "multifd": parameters.channels > 1,

@@ -16,10 +16,10 @@ from dirtylog.control.commands import Commands, emit_events
 from dirtylog.control.controller import Controller, ShutdownCause
 from dirtylog.control.metrics import MetricsServer, parse_endpoint
 from dirtylog.control.qmp import CommandRegistry, QMPServer
-from dirtylog.errors import HostError, UsageError
+from dirtylog.errors import DirtylogError, HostError, UsageError
 from dirtylog.linux.kvm import KVM
 from dirtylog.machine import BootMode, KVMMachine, PCMachine, boot_flat, boot_sector
-from dirtylog.migration import Address, FileAddress, Listener, parse_address
+from dirtylog.migration import Address, FileAddress, Listener, Role, credentials_for, parse_address
 from dirtylog.trackers import KVMLogMode
 from dirtylog.units import MIB
 
@@ -86,6 +86,12 @@ class Image:
 @click.option(
     "--incoming", metavar="URI", help="Boot nothing; take over a guest that is, or to a file was, migrated to URI."
 )
+@click.option(
+    "--tls-creds",
+    metavar="DIR",
+    help="Certificates and keys for tls:HOST:PORT, as an --incoming and for migrations away from here.",
+)
+@click.option("--tls-hostname", metavar="NAME", help="For migrations away from here, see 'migrate --tls-hostname'.")
 @click.option("--serial", metavar="PATH", help="Write the guest's serial output there, not to standard output.")
 @click.option(
     "--accel",
@@ -122,6 +128,8 @@ def command(
     qmp: str | None,
     metrics: tuple[str, int] | None,
     incoming: str | None,
+    tls_creds: str | None,
+    tls_hostname: str | None,
     serial: str | None,
     accel: str,
     dirty_log: str | None,
@@ -136,18 +144,22 @@ def command(
     IMAGE is started as a PC BIOS starts a disk: its first 512 bytes at 0x7c00, in real mode. The guest has a serial
     port at 0x3f8, whose output is printed.
 
-    With --incoming the memory must be as large as the source's, and IMAGE is not needed.
+    With --incoming the memory must be as large as the source's, and IMAGE is not needed. URI is unix:PATH,
+    tcp:HOST:PORT, tls:HOST:PORT or file:PATH; no HOST means 127.0.0.1, which only this host reaches. What goes to tcp:
+    can be read and replaced on its way, and anybody may connect: use tls: on networks.
     """
     boots = None if image is None else Image(image, load_address, entry, BootMode(mode))
     _check_options(boots, incoming, paused=paused)
     with ExitStack() as stack:
         signals = stack.enter_context(EndOnSignals())
         address = None if incoming is None else parse_address(incoming)
-        listener = None if address is None or isinstance(address, FileAddress) else _listen(stack, address)
+        creds = os.path.abspath(tls_creds) if tls_creds else ""
+        listener = None if address is None or isinstance(address, FileAddress) else _listen(stack, address, creds)
         log_mode = None if dirty_log is None else KVMLogMode(dirty_log)
         machine = _make_machine(Accel(accel), memory, cpus, log_mode, dirty_ring_size, _open_serial(stack, serial))
         controller = Controller(machine)
         stack.callback(controller.close)
+        controller.change_parameters(tls_creds=creds, tls_hostname=tls_hostname or "")
         signals.watch(lambda: controller.quit(ShutdownCause.HOST_SIGNAL))
         server = None if qmp is None else _prepare_server(stack, controller, qmp)
         if metrics is not None:
@@ -219,10 +231,14 @@ def _check_options(image: Image | None, incoming: str | None, *, paused: bool) -
         )
 
 
-def _listen(stack: ExitStack, address: Address) -> Listener:
-    listener = Listener(address)
+def _listen(stack: ExitStack, address: Address, creds: str) -> Listener:
+    listener = Listener(address, credentials_for(address, creds, Role.DESTINATION), _warn)
     stack.callback(listener.close)
     return listener
+
+
+def _warn(error: DirtylogError) -> None:
+    click.echo(f"dirtylog: warning: turned a connection away: {error}", err=True)
 
 
 def _prepare_server(stack: ExitStack, controller: Controller, path: str) -> QMPServer:

@@ -3,8 +3,9 @@
 Names, arguments and results are QEMU's, with these differences. ``multifd-compression`` allows zstd, on however many
 channels there are, where it saves time; batch by batch that is chosen here. ``xbzrle`` sends differences, which zstd
 encodes; it works together with ``multifd``, and its cache need not be a power of two. ``events`` is about
-MIGRATION_PASS only: MIGRATION is always told. Of the modes, ``cpr-transfer`` shares the memory with the destination; it
-needs no second channel, and both sides are started as for any other migration.
+MIGRATION_PASS only: MIGRATION is always told. ``tls-creds`` is a directory, not the name of an object, and used where
+the URI is ``tls:HOST:PORT``. Of the modes, ``cpr-transfer`` shares the memory with the destination; it needs no second
+channel, and both sides are started as for any other migration.
 """
 
 from typing import Annotated, Any, Final, Literal
@@ -96,6 +97,8 @@ class MigrationParameters(Arguments, frozen=True, omit_defaults=True):
     max_cpu_throttle: Annotated[int, Meta(ge=1, le=99)] | UnsetType = UNSET
     vcpu_dirty_limit: Annotated[int, Meta(ge=1)] | UnsetType = UNSET
     x_vcpu_dirty_limit_period: Annotated[int, Meta(ge=1, le=1000)] | UnsetType = UNSET
+    tls_creds: Annotated[str, Meta(max_length=4096)] | UnsetType = UNSET
+    tls_hostname: Annotated[str, Meta(max_length=253)] | UnsetType = UNSET
     x_clear_chunk: Annotated[int, Meta(ge=1)] | UnsetType = UNSET
     x_verify: bool | UnsetType = UNSET
     x_postcopy_after: Annotated[int, Meta(ge=0)] | UnsetType = UNSET
@@ -107,6 +110,8 @@ _NAMES: Final = {
     "multifd_channels": "channels",
     "xbzrle_cache_size": "delta_cache",
     "vcpu_dirty_limit": "vcpu_dirty_limit",
+    "tls_creds": "tls_creds",
+    "tls_hostname": "tls_hostname",
     "x_clear_chunk": "clear_chunk",
     "x_verify": "verify",
     "x_postcopy_after": "postcopy_after",
