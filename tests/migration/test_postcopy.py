@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,12 +11,13 @@ from support.custody import Custody
 from support.running import FIRST, LAST, RunningPC
 from support.waiting import BOUND, Task, wait_until
 
-from dirtylog.errors import CancelledError, DisconnectedError, HostError
+from dirtylog.errors import CancelledError, DisconnectedError, HostError, UsageError
 from dirtylog.guests.dirtier import COUNTER_ADDRESS, check_pages
 from dirtylog.machine import KVMMachine, PCMachine, RunState, UnicornMachine
 from dirtylog.machine.kvm import vcpu
 from dirtylog.machine.pc import RAM_NAME
 from dirtylog.machine.unicorn import cpu
+from dirtylog.memory import TrackingReason
 from dirtylog.migration import (
     IncomingMigration,
     Listener,
@@ -55,8 +57,10 @@ class Pair:
         stack.callback(running.machine.close)
         return running
 
-    def migrate(self, stack: ExitStack, parameters: Parameters = _POSTCOPY) -> None:
+    def migrate(self, stack: ExitStack, parameters: Parameters, *, at_once: bool = False) -> None:
         self.outgoing = OutgoingMigration(self.source.machine, self.listener.address, parameters)
+        if at_once:
+            self.outgoing.start_postcopy()
         self.leaving = Task(self.outgoing.run)
         stack.callback(self.leaving.error)
         stack.callback(self.outgoing.close)
@@ -115,10 +119,9 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
     gate.open()
 
 
-def _hand_over(pair: Pair, stack: ExitStack, parameters: Parameters = _POSTCOPY) -> None:
-    pair.migrate(stack, parameters)
-    wait_until(lambda: pair.outgoing.status is Status.ACTIVE, "memory is sent")
-    pair.outgoing.start_postcopy()
+def _hand_over(pair: Pair, stack: ExitStack) -> None:
+    """Have the guest handed over with all of its memory missing."""
+    pair.migrate(stack, _POSTCOPY, at_once=True)
     wait_until(lambda: {pair.outgoing.status, pair.incoming.status} <= _HANDED_OVER, "the guest was handed over")
 
 
@@ -139,7 +142,7 @@ def _recover(pair: Pair, path: Path) -> None:
     assert pair.arriving.error() is None
 
 
-def test_guest_runs_there_before_its_memory_and_loses_nothing(pair: Pair, stack: ExitStack) -> None:  # D1, M1
+def test_guest_runs_there_before_its_memory_and_loses_nothing(pair: Pair, stack: ExitStack) -> None:  # D1, M1, M9
     _hand_over(pair, stack)
     assert pair.leaving.error() is None
     assert pair.arriving.error() is None
@@ -161,7 +164,7 @@ def test_pages_that_the_guest_waits_for_come_before_the_others(pair: Pair, gate:
     pair.check()
 
 
-def test_lost_connection_pauses_both_sides_and_another_goes_on(
+def test_lost_connection_pauses_both_sides_and_another_goes_on(  # M8
     pair: Pair, gate: Gate, stack: ExitStack, tmp_path: Path
 ) -> None:
     _lose(pair, gate, stack)
@@ -195,3 +198,71 @@ def test_source_that_gives_up_keeps_the_guest_stopped(pair: Pair, gate: Gate, st
     assert isinstance(pair.leaving.error(), DisconnectedError)
     assert pair.outgoing.status is Status.FAILED
     assert pair.source.machine.state is RunState.POSTMIGRATE
+
+
+def test_memory_that_is_missing_is_fetched_for_the_host_and_not_watched(
+    pair: Pair, gate: Gate, stack: ExitStack
+) -> None:
+    _hand_over(pair, stack)
+    untouched = pair.destination.system.read(4 * MIB, PAGE_SIZE)
+    assert untouched == pair.source.system.read(4 * MIB, PAGE_SIZE)
+    with pytest.raises(UsageError, match="has not arrived here yet"):
+        pair.destination.memory.start_logging(TrackingReason.DIRTY_RATE)
+    gate.open()
+    pair.leaving.join()
+    pair.arriving.join()
+    pair.destination.memory.start_logging(TrackingReason.DIRTY_RATE)
+    pair.destination.memory.stop_logging(TrackingReason.DIRTY_RATE)
+    pair.check()
+
+
+def test_migration_without_the_capability_is_not_handed_over_early(pair: Pair, stack: ExitStack) -> None:
+    pair.migrate(stack, replace(_POSTCOPY, postcopy=False))
+    with pytest.raises(UsageError, match="cannot hand its guest over before"):
+        pair.outgoing.start_postcopy()
+
+
+def test_passes_that_do_not_converge_lead_to_postcopy(pair: Pair, stack: ExitStack) -> None:
+    pair.migrate(stack, replace(_POSTCOPY, postcopy_after=1, max_bandwidth=4 * MIB))
+    pair.leaving.join()
+    pair.arriving.join()
+    assert pair.outgoing.statistics.pass_count == 2
+    assert pair.outgoing.statistics.postcopy_bytes
+    pair.check()
+
+
+def test_migration_that_may_be_postcopy_and_converges_is_not(pair: Pair, stack: ExitStack) -> None:
+    pair.migrate(stack, replace(_POSTCOPY, downtime_limit=10.0))
+    pair.leaving.join()
+    pair.arriving.join()
+    assert not pair.outgoing.statistics.postcopy_bytes
+    pair.check()
+
+
+@pytest.mark.parametrize("other", [Parameters(verify=True), Parameters(share_memory=True)], ids=["verify", "share"])
+def test_what_does_not_go_together_with_postcopy_is_refused(pair: Pair, stack: ExitStack, other: Parameters) -> None:
+    with pytest.raises(UsageError, match="goes together with neither"):
+        pair.migrate(stack, replace(other, postcopy=True))
+
+
+def test_file_is_no_place_for_postcopy(pair: Pair, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="a file runs no guest"):
+        OutgoingMigration(pair.source.machine, parse_address(f"file:{tmp_path}/x"), _POSTCOPY)
+
+
+def test_migration_waits_before_its_switchover_until_it_is_told(pair: Pair, stack: ExitStack) -> None:
+    pair.migrate(stack, Parameters(downtime_limit=10.0, pause_before_switchover=True))
+    wait_until(lambda: pair.outgoing.status is Status.PRE_SWITCHOVER, "it waits")
+    assert pair.source.machine.state is RunState.FINISH_MIGRATE
+    pair.outgoing.go_on()
+    pair.leaving.join()
+    pair.arriving.join()
+    pair.check()
+
+
+def test_migration_that_waits_before_its_switchover_can_be_cancelled(pair: Pair, stack: ExitStack) -> None:  # M2
+    pair.migrate(stack, Parameters(downtime_limit=10.0, pause_before_switchover=True))
+    wait_until(lambda: pair.outgoing.status is Status.PRE_SWITCHOVER, "it waits")
+    assert pair.outgoing.cancel()
+    assert isinstance(pair.leaving.error(), CancelledError)
+    pair.source.wait_for_rounds()

@@ -17,7 +17,9 @@ from dirtylog.migration import (
     IncomingMigration,
     Listener,
     OutgoingMigration,
+    Role,
     Status,
+    credentials_for,
     parse_address,
 )
 
@@ -171,7 +173,9 @@ class Controller:
         """
         if not isinstance(self.incoming, IncomingMigration):
             raise UsageError("no migration to here can be recovered")
-        self.incoming.recover(lambda: Listener(parse_address(uri)))
+        address = parse_address(uri)
+        creds = self.settings.parameters.tls_creds
+        self.incoming.recover(lambda: Listener(address, credentials_for(address, creds, Role.DESTINATION)))
 
     def _outgoing(self, what: str) -> OutgoingMigration:
         if self.outgoing is None:

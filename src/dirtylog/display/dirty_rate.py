@@ -128,6 +128,7 @@ class DirtyRateMeter:
             raise UsageError(
                 f"{sample_pages} sample pages in each GiB", remedy=f"take {FEWEST_SAMPLES} to {MOST_SAMPLES}"
             )
+        self._machine.memory.check_complete()
         if mode is RateMode.DIRTY_RING:
             self._machine.dirty_pages()  # refuses where there are no rings
         elif mode is RateMode.DIRTY_BITMAP and self._machine.has_dirty_rings:

@@ -331,6 +331,17 @@ class Memory:
                 self._find_global_clients()
                 self.topology_changed()
 
+    def check_complete(self) -> None:
+        """Refuse what would touch memory, or have a watch on it, while some of it is still to come.
+
+        Raises:
+            UsageError: it is, see `RAMBlock.fetch`.
+        """
+        if any(block.fetch is not None for block in self.blocks.values()):
+            raise UsageError(
+                "some of the memory has not arrived here yet", remedy="wait until its migration has completed"
+            )
+
     def start_logging(self, reason: TrackingReason) -> None:
         """Log writes to all migratable RAM; each reason counts once.
 
@@ -338,10 +349,11 @@ class Memory:
         this reason.
 
         Raises:
-            UsageError: no reason was given, or a transaction is open.
+            UsageError: no reason was given, a transaction is open, or some of the memory is still to come.
         """
         if not reason:
             raise UsageError("memory cannot be logged without a reason")
+        self.check_complete()
         self.flush_coalesced()
         with self._lock:
             self._check_no_transaction()

@@ -295,6 +295,7 @@ class MemoryRegion:
     def start_logging_display(self) -> None:
         """Log writes for the display; counted, so two framebuffers in one region do not switch each other off."""
         self._ram()
+        self.memory.check_complete()
         with self.memory.transaction():
             self._display_users += 1
             if self._display_users == 1:

@@ -3,6 +3,9 @@
 What is owed is a hole here, and so is much that is zero. Who touches a hole waits (see `linux.missing`) until it is
 filled: with what the source sends if the page is owed, else with zeros at once.
 
+A page that somebody waits for is asked for, and comes on the urgent channel, even if it is on its way on the other:
+there it may be behind many. So it may come twice, once on each, and is put in place by whichever is quicker.
+
 A thread of Python's that touched a page that is absent would wait for it with the interpreter's lock, which those need
 who fetch it. So such threads ask for it first: see `RAMBlock.fetch`.
 """
@@ -19,6 +22,7 @@ from dirtylog.errors import HostError, ProtocolError
 from dirtylog.linux.missing import MissingFaults
 from dirtylog.linux.wakeup import Wakeup
 from dirtylog.memory import Numbers, PageBitmap, RAMBlock
+from dirtylog.migration.batch import runs_of
 from dirtylog.migration.blocktime import Blocktime
 from dirtylog.migration.channel import Channel
 from dirtylog.migration.messages import Lacking, Owed, Page, Pages, Request, ZeroPages
@@ -30,6 +34,34 @@ _ZERO_AT_ONCE: Final = 512
 """Pages of a hole that are made zero when one of them is touched, at most."""
 _PATIENCE: Final = 30.0
 """Seconds that a thread of ours waits for a page that it asked for."""
+
+
+class _AbsentBlock:
+    """A block, and a bit for each page that is owed, was asked for and not answered, and came early: see above."""
+
+    def __init__(self, index: int, block: RAMBlock) -> None:
+        self.index = index
+        self.block = block
+        self.address = block.mapping.address
+        self.owed, self.asked, self.early = (PageBitmap(block.pages) for _ in range(3))
+
+    def owe(self, first: int, count: int) -> None:
+        if self.owed.any(first, count):
+            raise ProtocolError(f"the source owes page {first} or one of the {count - 1} after it twice")
+        self.owed.set(first, count)
+        start, end = first * PAGE_SIZE, (first + count) * PAGE_SIZE
+        if self.block.mapping.next_data(start, end) < end:
+            self.block.mapping.punch(start, end - start)
+
+    def hole_end(self, page: int) -> int:
+        """Where the hole ends that a page is in, or what of it is not owed, or is enough at once."""
+        end = min(page + _ZERO_AT_ONCE, self.block.pages)
+        owed = self.owed.indices(page, end - page)
+        end = int(owed[0]) if owed.size else end
+        return max(page + 1, self.block.mapping.next_data(page * PAGE_SIZE, end * PAGE_SIZE) // PAGE_SIZE)
+
+    def refuse(self) -> ProtocolError:
+        return ProtocolError(f"the source sent pages of block {self.block.name!r} that it does not owe")
 
 
 class AbsentRAM:
@@ -45,17 +77,18 @@ class AbsentRAM:
     """
 
     def __init__(self, blocks: Sequence[RAMBlock], faults: MissingFaults, blocktime: Blocktime) -> None:
-        self._blocks = blocks
+        self.wakeup = Wakeup()
+        self._ram_blocks = blocks
+        self._blocks = [_AbsentBlock(index, block) for index, block in enumerate(blocks)]
+        self._registered: list[_AbsentBlock] = []
         self._faults = faults
         self._blocktime = blocktime
-        self.wakeup = Wakeup()
         self._lock = threading.Lock()
         self._arrived = threading.Condition(self._lock)
-        self._owed = [PageBitmap(block.pages) for block in blocks]
-        self._requested = [PageBitmap(block.pages) for block in blocks]
         self._wanted: list[Request] = []
         self._left = 0
-        self._registered: list[RAMBlock] = []
+        self._closing = threading.Lock()
+        self._closed = False
 
     @property
     def pages(self) -> int:
@@ -72,28 +105,22 @@ class AbsentRAM:
         Raises:
             ProtocolError: the message names memory that is not there, or that is owed already.
         """
-        block = checked_block(self._blocks, message)
-        owed = self._owed[message.block]
+        checked_block(self._ram_blocks, message)
         for first, count in message.runs.tolist():
-            if owed.any(first, count):
-                raise ProtocolError(f"the source owes page {first} or one of the {count - 1} after it twice")
-            owed.set(first, count)
+            self._blocks[message.block].owe(first, count)
             self._left += count
-            start, end = first * PAGE_SIZE, (first + count) * PAGE_SIZE
-            if block.mapping.next_data(start, end) < end:
-                block.mapping.punch(start, end - start)
 
     def begin(self) -> None:
         """From here on whoever touches a hole waits, in blocks of which pages are owed.
 
         Raises:
-            TrackingError: the kernel does not serve such memory.
+            UntrackableError: the kernel does not serve such memory.
         """
-        for index, (block, owed) in enumerate(zip(self._blocks, self._owed, strict=True)):
-            if owed.any():
-                self._faults.register(block.mapping.address, block.size)
-                self._registered.append(block)
-                block.fetch = partial(self._fetch, index)
+        for each in self._blocks:
+            if each.owed.any():
+                self._faults.register(each.address, each.block.size)
+                self._registered.append(each)
+                each.block.fetch = partial(self._fetch, each)
 
     def requests(self) -> list[Request]:
         """What to ask the source for: pages that somebody waits for, each once."""
@@ -104,19 +131,22 @@ class AbsentRAM:
             return wanted
 
     def ask_again(self) -> None:
-        """Ask for what was asked for and is not here yet: there is a new connection."""
+        """Ask for what was asked for and is not here yet: there is a new connection, on which nothing is on its way."""
         with self._lock:
-            self._wanted = [
-                Request(index, page)
-                for index, (requested, owed) in enumerate(zip(self._requested, self._owed, strict=True))
-                for page in requested.indices().tolist()
-                if owed.test(page)
-            ]
+            self._wanted = []
+            for each in self._blocks:
+                asked = each.asked.indices()
+                asked = asked[each.owed.test_each(asked)]
+                for bitmap in (each.asked, each.early):
+                    bitmap.clear()
+                for page in asked.tolist():
+                    each.asked.set(page, 1)
+                    self._wanted.append(Request(each.index, page))
 
     def lacking(self) -> Iterator[Lacking]:
         """What is owed, for the source."""
         with self._lock:
-            tables = [owed.runs() for owed in self._owed]
+            tables = [each.owed.runs() for each in self._blocks]
         for index, runs in enumerate(tables):
             for some in in_messages(runs):
                 yield Lacking(index, some)
@@ -133,29 +163,70 @@ class AbsentRAM:
             ProtocolError: the message names memory that is not there, or is not owed.
         """
         channel.receive_into([buffer.data[: message.payload_size]])
-        numbers, source = message.numbers, int(buffer.ctypes.data)
-        block = self._checked(message, numbers)
-        for first, count in message.runs.tolist():
-            size = count * PAGE_SIZE
-            if self._faults.copy(block.mapping.address + first * PAGE_SIZE, source, size) < size:
-                raise ProtocolError(f"a page from {first} on of block {block.name!r} was here before it came")
-            source += size
-        self._note(message.block, numbers)
+        checked_block(self._ram_blocks, message)
+        each, numbers = self._blocks[message.block], message.numbers
+        with self._lock:
+            fresh = each.owed.test_each(numbers)
+            if not (fresh | each.early.test_each(numbers)).all():
+                raise each.refuse()
+        self._place(each, numbers, fresh, int(buffer.ctypes.data))
+        with self._lock:
+            fresh = each.owed.test_each(numbers)  # what the urgent channel has brought meanwhile was counted there
+            waited_for = numbers[fresh & each.asked.test_each(numbers)]
+            each.owed.clear_each(numbers[fresh])
+            each.early.clear_each(numbers[~fresh])
+            self._count_down(int(fresh.sum()), someone_waits=bool(waited_for.size))
+        for page in waited_for.tolist():
+            self._blocktime.end(each.index, page)
+
+    def _place(self, each: _AbsentBlock, numbers: Numbers, fresh: npt.NDArray[np.bool_], source: int) -> None:
+        positions = np.flatnonzero(fresh)
+        runs = runs_of(numbers[positions])
+        starts = positions[np.cumsum(runs[:, 1]) - runs[:, 1]]
+        for (first, count), start in zip(runs.tolist(), starts.tolist(), strict=True):
+            address, contents, size = each.address + first * PAGE_SIZE, source + start * PAGE_SIZE, count * PAGE_SIZE
+            done = 0
+            while done < size:  # a page that is there already came on the urgent channel meanwhile
+                done += self._faults.copy(address + done, contents + done, size - done) + PAGE_SIZE
 
     def receive_page(self, channel: Channel, message: Page, buffer: npt.NDArray[np.uint8]) -> None:
-        """See `receive`, for a single page, where each microsecond counts: its guest waits."""
+        """See `receive`, for a single page that was asked for, where each microsecond counts: its guest waits."""
         channel.receive_into([buffer.data[:PAGE_SIZE]])
-        index, page = message.block, message.page
-        if index >= len(self._blocks) or page >= self._blocks[index].pages or not self._owed[index].test(page):
-            raise ProtocolError(f"the source sent page {page} of block {index}, which it does not owe")
-        block = self._blocks[index]
-        if self._faults.copy(block.mapping.address + page * PAGE_SIZE, buffer.ctypes.data, PAGE_SIZE) < PAGE_SIZE:
-            raise ProtocolError(f"page {page} of block {block.name!r} was here before it came")
+        each, page = self._asked(message.block, message.page), message.page
+        if each.owed.test(page):
+            self._faults.copy(each.address + page * PAGE_SIZE, buffer.ctypes.data, PAGE_SIZE)
+        self._answered(each, page)
+
+    def zero_page(self, message: ZeroPages) -> None:
+        """See `receive_page`, where the page is zero.
+
+        Raises:
+            ProtocolError: the message names other pages than one that was asked for.
+        """
+        page = int(message.runs[0, 0])
+        each = self._asked(message.block, page)
+        if message.pages > 1:
+            raise each.refuse()
+        self._answered(each, page)
+        self._faults.zero(each.address + page * PAGE_SIZE, PAGE_SIZE)
+
+    def _asked(self, index: int, page: int) -> _AbsentBlock:
+        if (
+            index >= len(self._blocks)
+            or page >= self._ram_blocks[index].pages
+            or not self._blocks[index].asked.test(page)
+        ):
+            raise ProtocolError(f"the source sent page {page} of block {index}, which it was not asked for")
+        return self._blocks[index]
+
+    def _answered(self, each: _AbsentBlock, page: int) -> None:
         with self._lock:
-            self._owed[index].clear_one(page)
-            self._requested[index].clear_one(page)
-            self._count_down(1, someone_waits=True)
-        self._blocktime.end(index, page)
+            each.asked.clear_one(page)
+            if each.owed.test(page):
+                each.owed.clear_one(page)
+                each.early.set(page, 1)
+                self._count_down(1, someone_waits=True)
+        self._blocktime.end(each.index, page)
 
     def zero(self, message: ZeroPages) -> None:
         """What the source owes there is zero.
@@ -163,17 +234,20 @@ class AbsentRAM:
         Raises:
             ProtocolError: the message names memory that is not there, or is not owed.
         """
-        block = self._checked(message)
-        owed, requested, waited_for = self._owed[message.block], self._requested[message.block], []
+        checked_block(self._ram_blocks, message)
+        each, waited_for = self._blocks[message.block], []
+        runs = message.runs.tolist()
         with self._lock:  # from here on faults are served with zeros
-            for first, count in message.runs.tolist():
-                owed.clear(first, count)
-                waited_for += requested.indices(first, count).tolist()
-                requested.clear(first, count)
-            self._count_down(message.pages, someone_waits=bool(waited_for))
+            if any(each.owed.count(*run) + each.early.count(*run) != run[1] for run in runs):
+                raise each.refuse()
+            for first, count in runs:
+                waited_for += each.asked.indices(first, count).tolist()
+                self._count_down(each.owed.count(first, count), someone_waits=bool(waited_for))
+                for bitmap in (each.owed, each.early):
+                    bitmap.clear(first, count)
         for page in waited_for:
-            self._faults.zero(block.mapping.address + page * PAGE_SIZE, PAGE_SIZE)
-            self._blocktime.end(message.block, page)
+            self._faults.zero(each.address + page * PAGE_SIZE, PAGE_SIZE)
+            self._blocktime.end(each.index, page)
 
     def wait_complete(self, timeout: float) -> bool:
         """Wait until nothing is owed; whether that came."""
@@ -182,35 +256,14 @@ class AbsentRAM:
 
     def close(self) -> None:
         """End it; who still waits goes on, and finds zeros. Idempotent."""
-        registered, self._registered = self._registered, []
-        for block in registered:
-            block.fetch = None
-            self._faults.unregister(block.mapping.address, block.size)
-        self._faults.close()
-        self.wakeup.close()
-
-    def _checked(self, message: Pages | ZeroPages, numbers: Numbers | None = None) -> RAMBlock:
-        block, owed = checked_block(self._blocks, message), self._owed[message.block]
-        with self._lock:
-            if numbers is not None:
-                all_owed = bool(owed.test_each(numbers).all())
-            else:
-                all_owed = all(owed.count(first, count) == count for first, count in message.runs.tolist())
-        if not all_owed:
-            raise ProtocolError(f"the source sent pages of block {block.name!r} that it does not owe")
-        return block
-
-    def _note(self, index: int, pages: Numbers) -> None:
-        """Pages are here, and not owed any more."""
-        owed, requested = self._owed[index], self._requested[index]
-        with self._lock:
-            waited_for = pages[requested.test_each(pages)]
-            owed.clear_each(pages)
-            if waited_for.size:
-                requested.clear_each(waited_for)
-            self._count_down(pages.size, someone_waits=bool(waited_for.size))
-        for page in waited_for.tolist():
-            self._blocktime.end(index, page)
+        with self._closing:
+            self._closed = True
+            registered, self._registered = self._registered, []
+            for each in registered:
+                each.block.fetch = None
+                self._faults.unregister(each.address, each.block.size)
+            self._faults.close()
+            self.wakeup.close()
 
     def _count_down(self, pages: int, *, someone_waits: bool) -> None:
         self._left -= pages
@@ -218,48 +271,41 @@ class AbsentRAM:
             self._arrived.notify_all()
 
     def _serve(self, address: int, thread: int) -> None:
-        index, block = next(
-            (index, block)
-            for index, block in enumerate(self._blocks)
-            if 0 <= address - block.mapping.address < block.size
-        )
-        page = (address - block.mapping.address) // PAGE_SIZE
-        if not self._want(index, page, thread):
-            self._zero_hole(index, page)
+        each = next(each for each in self._registered if 0 <= address - each.address < each.block.size)
+        page = (address - each.address) // PAGE_SIZE
+        if not self._want(each, page, thread):
+            self._zero_hole(each, page)
 
-    def _want(self, index: int, page: int, thread: int = 0) -> bool:
-        """Have a page requested if it is owed; whether it is."""
+    def _want(self, each: _AbsentBlock, page: int, thread: int = 0) -> bool:
+        """Have a page asked for if it is owed; whether it is."""
         with self._lock:
-            if not self._owed[index].test(page):
+            if not each.owed.test(page):
                 return False
-            self._blocktime.begin(index, page, thread)
-            if not self._requested[index].test(page):
-                self._requested[index].set(page, 1)
-                self._wanted.append(Request(index, page))
+            self._blocktime.begin(each.index, page, thread)
+            if not each.asked.test(page):
+                each.asked.set(page, 1)
+                self._wanted.append(Request(each.index, page))
             return True
 
-    def _fetch(self, index: int, offset: int, size: int) -> None:
+    def _fetch(self, each: _AbsentBlock, offset: int, size: int) -> None:
         """See `RAMBlock.fetch`."""
         first, end = offset // PAGE_SIZE, -(-(offset + size) // PAGE_SIZE)
-        wanted = [self._want(index, page) for page in range(first, end)]
-        if any(wanted):
+        wanted = [self._want(each, page) for page in range(first, end)]
+        if any(wanted):  # none of them is once this was closed
             self.wakeup.set()
             with self._lock:
-                if not self._arrived.wait_for(lambda: not self._owed[index].any(first, end - first), _PATIENCE):
+                if not self._arrived.wait_for(lambda: not each.owed.any(first, end - first), _PATIENCE):
                     raise HostError(
                         f"memory of the guest has not arrived here within {_PATIENCE:.0f} s",
                         remedy="see what became of the source, and of the network to it",
                     )
-        while first < end:
-            first = self._zero_hole(index, first)
+        with self._closing:
+            while first < end and not self._closed:
+                first = self._zero_hole(each, first)
 
-    def _zero_hole(self, index: int, page: int) -> int:
-        """Fill the hole around a page that is not owed, up to what is; the end of it."""
-        block = self._blocks[index]
-        end = min(page + _ZERO_AT_ONCE, block.pages)
+    def _zero_hole(self, each: _AbsentBlock, page: int) -> int:
+        """Fill the hole around a page that is not owed; the end of that."""
         with self._lock:
-            owed = self._owed[index].indices(page, end - page)
-        end = int(owed[0]) if owed.size else end
-        end = max(page + 1, block.mapping.next_data(page * PAGE_SIZE, end * PAGE_SIZE) // PAGE_SIZE)
-        self._faults.zero(block.mapping.address + page * PAGE_SIZE, (end - page) * PAGE_SIZE)
+            end = each.hole_end(page)
+        self._faults.zero(each.address + page * PAGE_SIZE, (end - page) * PAGE_SIZE)
         return end

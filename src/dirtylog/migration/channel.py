@@ -99,6 +99,11 @@ class Channel:
         """How long nothing may move."""
         set_timeouts(self._socket, seconds)
 
+    def set_backlog(self, size: int) -> None:
+        """How many bytes may be on their way each way, more or less."""
+        with self._io():
+            set_buffers(self._socket, size)
+
     def send(self, message: Message, payload: Iterable[Contents] = ()) -> int:
         """Send a message and what belongs to it; how many bytes that were.
 

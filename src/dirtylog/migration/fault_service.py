@@ -65,6 +65,8 @@ class FaultService:
             poll.register(file.fileno(), select.POLLIN)
         self._ask()
         while not self._closing:
+            while self._channel.has_buffered:
+                self._take()
             for fd, _ in poll.poll():
                 if fd == self._channel.fileno():
                     self._take()
@@ -81,6 +83,6 @@ class FaultService:
         if isinstance(message, Page):
             self._ram.receive_page(self._channel, message, self._buffer)
         elif isinstance(message, ZeroPages):
-            self._ram.zero(message)
+            self._ram.zero_page(message)
         else:
             raise ProtocolError(f"the source sent {type(message).__name__} where only pages are expected")

@@ -164,7 +164,7 @@ class IncomingMigration:
             if hello.postcopy:
                 self._arrival = stack.enter_context(Arrival(self._machine, hello.session, self._observe))
             self._welcome(channel, hello)
-            state = self._receive_shared(channel) if hello.shared else self._receive_copied(channel, hello)
+            state = self._receive_shared(channel) if hello.shared else self._receive_copied(channel, hello, stack)
             # The source has let go for good: if it is gone by now, the guest runs here all the same.
             with contextlib.suppress(DisconnectedError):
                 channel.send(Taken())
@@ -173,9 +173,9 @@ class IncomingMigration:
                 self._arrival.run(channel)
         self._observe(Status.COMPLETED)
 
-    def _receive_copied(self, channel: Channel, hello: Hello) -> State:
+    def _receive_copied(self, channel: Channel, hello: Hello, stack: contextlib.ExitStack) -> State:
         with self._side_channels(channel, hello) as sides:
-            urgent = self._accept_side(channel, hello.session) if hello.postcopy else None
+            urgent = stack.enter_context(self._accept_side(channel, hello.session)) if hello.postcopy else None
             self._listener.close()
             channel.set_timeout(0)
             message = self._fill(channel, sides)

@@ -12,8 +12,8 @@ from dirtylog.migration.batch import Batch, batch_of, zero_batch
 from dirtylog.migration.messages import MAX_RUNS, Lacking, Owed, Request, Runs
 from dirtylog.units import PAGE_SIZE
 
-_BATCH_PAGES: Final = 64
-"""A page that somebody waits for may be behind so many others on the link, and asking for it behind their reading."""
+_BATCH_PAGES: Final = 256
+"""Enough that what each message costs is little beside what it carries."""
 _WINDOW_PAGES: Final = 1 << 15
 """Pages listed at a time."""
 
@@ -82,7 +82,7 @@ class OwedBlock:
 
 
 class OwedPages:
-    """Pages that nobody writes any more, each to be sent once: those that are asked for first, the others in order.
+    """Pages that nobody writes any more: those that are asked for are sent at once, and the others once, in order.
 
     The order goes on where was asked last: what a guest needs next is often near. May be used from any thread.
 
@@ -107,21 +107,21 @@ class OwedPages:
             for runs in in_messages(block.owed.runs()):
                 yield Owed(block.index, runs)
 
-    def answer(self, request: Request) -> RAMBlock | None:
-        """The block of the page that is asked for, which is not owed any more; None if it was sent already.
+    def answer(self, request: Request) -> tuple[RAMBlock, bool]:
+        """The block of a page that is asked for, and whether the page was owed still: it is not any more.
 
         Raises:
             ProtocolError: there is no such page.
         """
         if request.block >= len(self._blocks) or request.page >= self._blocks[request.block].block.pages:
             raise ProtocolError(f"the destination asks for page {request.page} of block {request.block}")
-        block = self._blocks[request.block]
+        each = self._blocks[request.block]
         with self._lock:
             self._block, self._next = request.block, request.page + 1
-            if not block.owed.test(request.page):
-                return None
-            block.owed.clear_one(request.page)
-        return block.block
+            was_owed = each.owed.test(request.page)
+            if was_owed:
+                each.owed.clear_one(request.page)
+        return each.block, was_owed
 
     def take(self) -> Batch | None:
         """Some of the others; None if nothing is left."""

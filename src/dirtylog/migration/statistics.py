@@ -117,7 +117,7 @@ class Statistics:
         downtime_parts: what it stood still for; None if it never did.
         downtime_bytes: sent meanwhile, as far as memory goes.
         postcopy_bytes: sent after the guest was handed over.
-        postcopy_requests: pages that were asked for then, and had not been sent.
+        postcopy_requests: pages that were asked for then.
         found: pages of which the destination's copy was known, where copies are kept.
         missed: pages of which it was not.
         overflowed: pages whose differences were no shorter than their contents.

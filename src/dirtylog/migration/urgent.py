@@ -32,10 +32,10 @@ class Tally:
         with self._lock:
             self._add(zeros, pages, sent.bytes)
 
-    def answered(self, size: int, *, zero: bool) -> None:
-        """Note that a page was sent because it was asked for."""
+    def answered(self, size: int, *, zero: bool, was_owed: bool) -> None:
+        """Note that a page was sent because it was asked for, be it for the second time."""
         with self._lock:
-            self._add(int(zero), int(not zero), size)
+            self._add(int(zero and was_owed), int(not zero and was_owed), size)
             self._statistics.postcopy_requests += 1
 
     def _add(self, zeros: int, pages: int, size: int) -> None:
@@ -52,6 +52,8 @@ class Tally:
 
 class UrgentLane:
     """Answers what the destination asks for, in a thread of its own.
+
+    A page is sent even if it is on its way already: on the other channel it may be behind many.
 
     Args:
         channel: used by this thread only; closed by its owner, after this.
@@ -93,13 +95,11 @@ class UrgentLane:
                 self._main.stop_receiving()
 
     def _answer(self, request: Request) -> None:
-        block, page = self._owed.answer(request), request.page
-        if block is None:
-            return
+        (block, was_owed), page = self._owed.answer(request), request.page
         start = page * PAGE_SIZE
         zero = block.mapping.next_data(start, start + PAGE_SIZE) > start
         if zero:
             size = self._channel.send(ZeroPages(request.block, np.array([[page, 1]])))
         else:
             size = self._channel.send(Page(request.block, page), [block.memory[start : start + PAGE_SIZE]])
-        self._tally.answered(size, zero=zero)
+        self._tally.answered(size, zero=zero, was_owed=was_owed)
