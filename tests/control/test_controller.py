@@ -15,7 +15,9 @@ from dirtylog.control.controller import Controller, ShutdownCause
 from dirtylog.control.settings import Capability
 from dirtylog.errors import CancelledError, DirtylogError, DisconnectedError, GuestError, HostError, UsageError
 from dirtylog.machine import RunState
-from dirtylog.migration import IncomingMigration, Listener, OutgoingMigration, Status, parse_address
+from dirtylog.migration import IncomingMigration, Listener, OutgoingMigration, Status, connect, parse_address
+from dirtylog.migration.agreement import block_infos
+from dirtylog.migration.messages import Hello, Welcome
 from dirtylog.units import MIB
 
 
@@ -262,17 +264,27 @@ class TestParameters:
 
 
 class TestReceive:
-    def test_source_of_another_size_ends_it(self, uri: str) -> None:
+    def test_source_of_another_size_is_told_and_the_next_is_waited_for(self, uri: str) -> None:
         big = FakeMachine(ram_pages=160)
         source = Controller(big)
         try:
             with _receiver(uri) as receiver:
                 source.migrate(uri)
-                with pytest.raises(UsageError, match="the source's memory is"):
-                    receiver.wait()
+                _wait_ended(source)
+                assert "the source's memory is" in str(_outgoing(source).error)
+                assert _threads("incoming-migration")
+                assert receiver.machine.state is RunState.INMIGRATE
         finally:
             source.close()
             big.memory.close()
+
+    def test_source_that_goes_away_ends_it(self, uri: str) -> None:
+        with _receiver(uri) as receiver, connect(parse_address(uri)) as source:
+            source.send(Hello("fake", block_infos(receiver.machine), False, 1, bytes(16), False))
+            source.expect(Welcome)
+            source.close()
+            with pytest.raises(DisconnectedError, match="is not started here"):
+                receiver.wait()
 
     def test_defect_ends_it_with_its_cause(self, uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
         def fail(migration: IncomingMigration) -> None:

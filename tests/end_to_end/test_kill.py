@@ -106,6 +106,7 @@ def _killed_source(
                 source.kill()
             yield guest, custody, task
         finally:
+            listener.abort()
             task.error()
             listener.close()
 
@@ -159,9 +160,10 @@ def test_destination_never_starts_the_guest_when_the_source_is_killed(  # M6
     kind: str, point: Checkpoint, parameters: Parameters, uri: str
 ) -> None:
     with _killed_source(kind, uri, point, parameters) as (guest, custody, task):
-        error = task.error()
-        assert isinstance(error, DisconnectedError)
-        assert "not started here" in error.cause
+        if point.message != "Hello":  # before that it is no source, and the next one may be waited for (M10)
+            error = task.error()
+            assert isinstance(error, DisconnectedError)
+            assert "not started here" in error.cause
         assert guest.state is RunState.INMIGRATE
         assert custody.states[guest] == [RunState.INMIGRATE]
         if parameters.share_memory:

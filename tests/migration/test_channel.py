@@ -10,20 +10,20 @@ import numpy as np
 import pytest
 from support.descriptors import few_descriptors, same_file
 from support.kvm import open_descriptors
+from support.streams import accepted
 from support.waiting import Task
 
 from dirtylog.errors import (
     CancelledError,
     DisconnectedError,
-    HostError,
     ProtocolError,
     RefusedError,
-    UsageError,
 )
 from dirtylog.linux.mapping import Contents, MemfdMapping, memory_of
 from dirtylog.migration import channel as channel_module
 from dirtylog.migration.address import TCPAddress, UnixAddress
-from dirtylog.migration.channel import Channel, Listener, connect
+from dirtylog.migration.channel import Channel, connect
+from dirtylog.migration.listener import Listener
 from dirtylog.migration.messages import (
     MAX_BATCH_PAGES,
     Failed,
@@ -364,7 +364,7 @@ def test_peer_that_waits_is_quiet_and_one_that_is_gone_is_not(channels: tuple[Ch
         destination.check_quiet()
 
 
-def test_peer_whose_connection_was_reset_is_not_quiet(channels: tuple[Channel, Channel]) -> None:
+def test_peer_that_resets_the_connection_is_not_quiet(channels: tuple[Channel, Channel]) -> None:
     source, destination = channels
     destination.send(Failed("unread"))
     source.close()
@@ -450,7 +450,7 @@ def test_side_that_gives_up_hears_the_other_out_so_that_its_reason_arrives(
     monkeypatch.setattr(channel_module, "_DRAIN_SECONDS", 30.0)
     address = UnixAddress(f"{tmp_path}/x") if family == "unix" else TCPAddress("127.0.0.1", 0)
     with closing(Listener(address)) as listener, connect(listener.address) as source:
-        destination = listener.accept()
+        destination = listener.open(accepted(listener))
 
         def give_up() -> None:
             with destination:
@@ -499,7 +499,7 @@ def test_tcp_connection_notices_a_host_that_falls_silent() -> None:  # M6
     with (
         closing(Listener(TCPAddress("127.0.0.1", 0))) as listener,
         connect(listener.address) as source,
-        listener.accept() as destination,
+        listener.open(accepted(listener)) as destination,
     ):
         for sock in (source._socket, destination._socket):
             assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
@@ -552,92 +552,3 @@ def test_destination_whose_queue_is_full_is_not_waited_for_for_ever(
         server.listen(0)
         stack.enter_context(connect(UnixAddress(path)))
         _refused(UnixAddress(path), os.strerror(errno.EAGAIN))
-
-
-def test_listener_at_a_unix_address_owns_its_file(tmp_path: Path) -> None:
-    path = tmp_path / "socket"
-    listener = Listener(UnixAddress(str(path)))
-    assert listener.address == UnixAddress(str(path))
-    assert path.is_socket()
-    with connect(listener.address) as source, listener.accept() as destination:
-        source.send(_HELLO)
-        assert destination.expect(Hello) == _HELLO
-    listener.close()
-    listener.close()
-    assert not path.exists()
-
-
-def test_listener_at_port_0_says_which_port_it_got() -> None:
-    with closing(Listener(TCPAddress("localhost", 0))) as listener:
-        assert isinstance(listener.address, TCPAddress)
-        assert listener.address.port
-        with connect(listener.address) as source, listener.accept() as destination:
-            source.send(_HELLO)
-            assert destination.expect(Hello) == _HELLO
-
-
-def test_path_that_somebody_listens_on_is_refused(tmp_path: Path) -> None:
-    address = UnixAddress(f"{tmp_path}/socket")
-    with closing(Listener(address)), pytest.raises(UsageError, match="is already in use"):
-        Listener(address)
-
-
-def test_file_that_is_no_socket_is_refused_and_kept(tmp_path: Path) -> None:
-    path = tmp_path / "notes"
-    path.write_text("important")
-    with pytest.raises(UsageError, match="exists and is not a socket"):
-        Listener(UnixAddress(str(path)))
-    assert path.read_text() == "important"
-
-
-def test_stale_socket_file_is_replaced(tmp_path: Path) -> None:
-    path = f"{tmp_path}/stale"
-    with socket.socket(socket.AF_UNIX) as sock:
-        sock.bind(path)
-    with closing(Listener(UnixAddress(path))) as listener, connect(listener.address), listener.accept():
-        pass
-
-
-def test_path_too_long_for_an_address_is_refused() -> None:
-    with pytest.raises(UsageError, match="bytes long, more than the 107 that fit"):
-        Listener(UnixAddress("/x" * 60))
-
-
-def test_tcp_port_in_use_is_refused() -> None:
-    with closing(Listener(TCPAddress("127.0.0.1", 0))) as listener:
-        assert isinstance(listener.address, TCPAddress)
-        with pytest.raises(HostError, match=f"cannot listen at {listener.address}: Address already in use") as caught:
-            Listener(listener.address)
-    assert caught.value.remedy == "choose an address of this host, and a port that is free"
-
-
-def test_address_of_another_host_is_refused() -> None:
-    with pytest.raises(HostError, match=r"cannot listen at tcp:192\.0\.2\.1:0"):  # TEST-NET-1, RFC 5737
-        Listener(TCPAddress("192.0.2.1", 0))
-
-
-def test_host_name_that_is_none_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(socket, "getaddrinfo", _no_such_name)
-    with pytest.raises(HostError, match=r"cannot listen at tcp:nowhere\.invalid:1: Name or service not known"):
-        Listener(TCPAddress("nowhere.invalid", 1))
-
-
-def test_abort_before_waiting_makes_the_listener_give_up(tmp_path: Path) -> None:
-    with closing(Listener(UnixAddress(f"{tmp_path}/socket"))) as listener:
-        listener.abort()
-        with pytest.raises(CancelledError, match="waiting for a migration was cancelled"):
-            listener.accept()
-
-
-def test_abort_wakes_a_listener_that_waits(tmp_path: Path) -> None:
-    with closing(Listener(UnixAddress(f"{tmp_path}/socket"))) as listener:
-        task = Task(listener.accept)
-        listener.abort()
-        assert isinstance(task.error(), CancelledError)
-
-
-def test_source_that_has_gone_again_is_reported(tmp_path: Path) -> None:
-    with closing(Listener(UnixAddress(f"{tmp_path}/socket"))) as listener:
-        connect(listener.address).close()
-        with pytest.raises(DisconnectedError, match="the connection to the source ended"):
-            listener.accept()

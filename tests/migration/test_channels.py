@@ -4,13 +4,13 @@ import socket
 import struct
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 
 import numpy as np
 import pytest
 from support.fake_machine import RAM_PAGES, ROM_PAGES, FakeMachine
-from support.streams import PREAMBLE_PIECE, fake_machine, piece, stream
+from support.streams import PREAMBLE_PIECE, fake_machine, parse, piece, reason, stream, talk
 from support.waiting import Task, wait_until
 
 from dirtylog.errors import CancelledError, DirtylogError, DisconnectedError, ProtocolError, RefusedError
@@ -62,7 +62,8 @@ class _Source:
     def _end(self) -> None:
         self.incoming.abort()
         self.task.error()
-        assert [thread.name for thread in threading.enumerate() if thread.name == "side-channel"] == []
+        ours = ("side-channel", "reception", "visitor")
+        assert [thread.name for thread in threading.enumerate() if thread.name in ours] == []
 
     def channel(self) -> Channel:
         return self._stack.enter_context(connect(self.address))
@@ -171,9 +172,8 @@ def _half_a_message(source: _Source) -> None:
     "stranger", [_silent, _gone, _web, _another_session, _another_source, _half_a_message], ids=lambda who: who.__name__
 )
 def test_stranger_is_turned_away_and_the_source_still_taken_in(
-    source: _Source, monkeypatch: pytest.MonkeyPatch, stranger: Callable[[_Source], None]
+    source: _Source, stranger: Callable[[_Source], None]
 ) -> None:
-    monkeypatch.setattr(incoming_module, "_JOIN_TIMEOUT", 0.05)
     main = source.begin(3)
     stranger(source)
     sides = [source.join()]
@@ -218,11 +218,27 @@ def test_source_that_speaks_before_its_channels_came_is_heard(
     assert (type(error), error.cause) == (kind, cause)
 
 
-def test_channels_that_no_destination_would_take_are_refused_at_once(source: _Source) -> None:  # M5
-    sock = source.raw()
+def test_source_with_more_channels_than_any_destination_takes_is_turned_away(source: _Source) -> None:  # M5, M10
     frame = piece(Hello("fake", _BLOCKS, False, 64, _SESSION, False))
-    sock.sendall(stream([PREAMBLE_PIECE]) + frame.data.replace(b"channels\x40", b"channels\x41"))
-    assert isinstance(source.fails(), ProtocolError)
+    said = stream([PREAMBLE_PIECE]) + frame.data.replace(b"channels\x40", b"channels\x41")
+    assert "not a Hello message" in str(reason(tuple(parse(talk(source.raw(), said)))))
+    source.arrive(source.begin(1))
+
+
+def test_channel_more_than_was_announced_is_turned_away(source: _Source) -> None:  # M5
+    main = source.begin(3)
+    late = source.channel()
+    sides = [source.join(), source.join()]
+    with pytest.raises(RefusedError, match=r"all channels .* are here already|has its source, and waits for nobody"):
+        _join(late)
+    _end_pass(1, [main, *sides])
+    source.arrive(main)
+
+
+def _join(channel: Channel) -> None:
+    with suppress(DisconnectedError):
+        channel.send(Join(_SESSION))
+    channel.expect(Joined)
 
 
 def _frame(message: Message, payload: bytes = b"") -> bytes:

@@ -14,6 +14,7 @@ from dirtylog.migration.messages import (
     MAX_BODY,
     MAX_CHANNELS,
     MAX_RUNS,
+    MAX_SHORT_BODY,
     MESSAGES,
     BlockInfo,
     Digests,
@@ -180,6 +181,7 @@ def test_body_cut_anywhere_is_refused(stage: Stage, message: Message, frame: byt
         ((0xFFFF, 0, 0), "no message has the type 65535"),
         ((1, 1, 0), "no message has the type 1 and flags 1"),
         ((8, 0, MAX_BODY + 1), "a State message of 16777217 bytes"),
+        ((1, 0, MAX_SHORT_BODY + 1), "a Hello message of 2097153 bytes"),
         ((3, 0, 0xFFFF_FFFF), "a Pages message of 4294967295 bytes"),
     ],
 )
@@ -303,9 +305,16 @@ def test_text_that_is_not_utf8_is_refused() -> None:  # M5
         decode_body(Failed, b"\x81\xa6reason\xa2\xff\xfe")
 
 
+def test_longest_tables_fit() -> None:
+    runs = np.stack((np.arange(0, 2 * MAX_RUNS, 2), np.ones(MAX_RUNS, np.int64)), axis=1)
+    assert decode_head(encode(ZeroPages(0, runs))[: HEAD.size]) == (ZeroPages, 8 + 16 * MAX_RUNS)
+
+
 def test_message_that_no_peer_would_accept_is_not_encoded() -> None:
     with pytest.raises(ProtocolError, match="a State message of 16777249 bytes is longer than 16777216"):
         encode(State(True, {"cpu0": {"regs": bytes(MAX_BODY)}}))
+    with pytest.raises(ProtocolError, match="a Digests message of 2097166 bytes is longer than 2097152"):
+        encode(Digests((bytes(MAX_SHORT_BODY),)))
 
 
 _counts = st.integers(0, _BIG)

@@ -4,7 +4,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from dirtylog.migration import channel, incoming, letting_go, outgoing
+from dirtylog.migration import channel, letting_go, outgoing, reception
 from dirtylog.migration.messages import (
     HEAD,
     MAGIC,
@@ -13,6 +13,7 @@ from dirtylog.migration.messages import (
     MAX_CHANNELS,
     MAX_FILES,
     MAX_RUNS,
+    MAX_SHORT_BODY,
     MESSAGES,
     PREAMBLE,
     VERSION,
@@ -82,7 +83,8 @@ def test_page_has_every_transition(tables: Tables) -> None:
 
 def test_page_has_the_limits(tables: Tables) -> None:
     limits = {what: bound for what, bound in tables["what", "at most"]}  # noqa: C416 - rows of any length to the types
-    assert limits["length of a body"] == f"{MAX_BODY} bytes"
+    assert limits["length of a body, `State`"] == f"{MAX_BODY} bytes"
+    assert limits["length of a body, any other"] == f"{MAX_SHORT_BODY} bytes"
     assert limits["runs in a table"] == str(MAX_RUNS)
     assert limits["pages in one `Pages` or `EncodedPages`"] == str(MAX_BATCH_PAGES)
     assert limits["channels"] == str(MAX_CHANNELS)
@@ -96,12 +98,15 @@ def test_page_has_preamble_head_and_times(tables: Tables) -> None:
     assert (PREAMBLE.size, HEAD.size) == (12, 8)
     assert f"`{channel._WITH_FILES.hex()}` (`{channel._WITH_FILES.decode()}`)" in text
     silence = {(who, what): bound for who, what, bound in tables["who", "waits for", "at most"]}
-    for what in ("the end of the handshake of TLS", "the next byte, until `Welcome`"):
-        assert silence["either", what] == f"{channel.HANDSHAKE_TIMEOUT:.0f} s"
+    handshake = f"{channel.HANDSHAKE_TIMEOUT:.0f} s"
+    assert silence["either", "the end of the handshake of TLS"] == handshake
+    assert silence["source", "the next byte, until `Welcome`"] == handshake
+    assert silence["destination", "all of a connection's first message"] == handshake
     stall = f"{channel.STALL_TIMEOUT:.0f} s"
     assert silence["source", "a byte to move, in either direction, after `Welcome`"] == stall
-    assert silence["destination", "the first byte of a further channel"] == f"{incoming._JOIN_TIMEOUT:.0f} s"
-    assert f"waits for all of them\nfor {channel.HANDSHAKE_TIMEOUT:.0f} s" in text
+    assert silence["destination", "all further channels, after `Welcome`"] == handshake
+    assert f"keeps {reception.MAX_VISITORS} connections at most" in text
+    assert f"not within its first {reception.GRACE} s" in text
     assert silence["source, with `verify`", "`Ready`"].startswith(f"{stall}, and 1 s more for each 200 MiB")
     assert outgoing._SLOW_DIGEST == 200 * MIB
     assert f"waited for {letting_go._GONE_TIMEOUT:.0f} s" in text

@@ -1,5 +1,6 @@
 """What the two sides of a migration say, recorded, and played to one of them alone."""
 
+import logging
 import socket
 import struct
 import threading
@@ -9,12 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from support.fake_machine import FakeMachine
-from support.waiting import BOUND, Task
+from support.waiting import BOUND, Task, wait_until
 
+from dirtylog.errors import CancelledError
 from dirtylog.machine import Machine
-from dirtylog.migration import Channel, IncomingMigration, Listener, OutgoingMigration, Parameters, parse_address
+from dirtylog.migration import IncomingMigration, Listener, OutgoingMigration, Parameters, parse_address
 from dirtylog.migration.messages import HEAD, PREAMBLE, Failed, Message, Pages, decode_body, decode_head, encode
-from dirtylog.migration.protocol import Protocol, Role
+from dirtylog.migration.protocol import Protocol
+from dirtylog.migration.refusals import LOGGER
 
 
 @dataclass(frozen=True)
@@ -78,19 +81,31 @@ def parse(data: bytes) -> Iterator[Piece]:
 
 
 class PairListener(Listener):
-    """Accepts the one connection it was given."""
+    """Accepts the one connection it was given, and waits for others in vain."""
 
     def __init__(self, sock: socket.socket) -> None:
-        self._sock = sock
+        self._sock: socket.socket | None = sock
+        self._credentials = None
+        self._over = threading.Event()
 
-    def accept(self, timeout: float | None = None, *, unless: Channel | None = None) -> Channel:
-        return Channel(self._sock, Role.DESTINATION)
+    def accept(self, timeout: float | None = None) -> socket.socket | None:
+        if self._sock is None and self._over.wait(timeout):
+            raise CancelledError("waiting for a migration was cancelled")
+        sock, self._sock = self._sock, None
+        return sock
 
     def abort(self) -> None:
-        """Nobody waits long enough to be woken."""
+        self._over.set()
 
     def close(self) -> None:
         """The connection is the channel's by now."""
+
+
+def accepted(listener: Listener) -> socket.socket:
+    """The next connection."""
+    sock = listener.accept(BOUND)
+    assert sock is not None, "nobody connected"
+    return sock
 
 
 def record(directory: Path) -> Recording:
@@ -156,12 +171,32 @@ def talk(sock: socket.socket, data: bytes, *, end: bool = True) -> bytes:
 
 
 def play_to_destination(guest: Machine, data: bytes) -> tuple[BaseException | None, tuple[Piece, ...]]:
-    """Play a source's stream to a machine: the error that its migration ended with, and what it answered."""
+    """Play a source's stream to a machine: the error that its migration ended with, and what it answered.
+
+    A destination that turned the source away waits for another; it is told to stop, so the error is a `CancelledError`.
+    """
     one, other = socket.socketpair()
-    with one, closing(PairListener(other)) as listener:
-        task = Task(IncomingMigration(guest, listener).run)
+    with one, closing(PairListener(other)) as listener, refusals() as refused:
+        incoming = IncomingMigration(guest, listener)
+        task = Task(incoming.run)
         heard = talk(one, data)
+        wait_until(lambda: refused or not task.running, "the migration ended, or its source was turned away")
+        if refused:
+            incoming.abort()
         return task.error(), tuple(parse(heard))
+
+
+@contextmanager
+def refusals() -> Iterator[list[str]]:
+    """What is logged about connections that were turned away."""
+    logged: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: logged.append(record.getMessage())  # type: ignore[method-assign]
+    LOGGER.addHandler(handler)
+    try:
+        yield logged
+    finally:
+        LOGGER.removeHandler(handler)
 
 
 @contextmanager

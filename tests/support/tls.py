@@ -8,6 +8,7 @@ from typing import Any, Final
 
 import trustme
 from support.connections import HOST
+from support.streams import accepted
 from support.waiting import Task
 
 from dirtylog.migration import Channel, Credentials, Listener, Role, connect
@@ -41,10 +42,10 @@ def both(directory: str) -> tuple[Credentials, Credentials]:
 def encrypted_channels(directory: str) -> Iterator[tuple[Channel, Channel]]:
     """A source's and a destination's, over TCP."""
     source_credentials, destination_credentials = both(directory)
-    accepted: list[Channel] = []
+    accepted_channels: list[Channel] = []
     with ExitStack() as stack:
         listener = stack.enter_context(closing(Listener(TLSAddress(HOST, 0), destination_credentials)))
-        task = Task(lambda: accepted.append(listener.accept()))
+        task = Task(lambda: accepted_channels.append(listener.open(accepted(listener))))
         source = stack.enter_context(connect(listener.address, source_credentials))
         task.join()
-        yield source, stack.enter_context(accepted[0])
+        yield source, stack.enter_context(accepted_channels[0])

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import click
 
+from dirtylog.cli.log import shown_log
 from dirtylog.cli.options import ADDRESS, SIZE, UnitType
 from dirtylog.cli.serial_output import SerialOutput
 from dirtylog.cli.signals import EndOnSignals
@@ -16,7 +17,7 @@ from dirtylog.control.commands import Commands, emit_events
 from dirtylog.control.controller import Controller, ShutdownCause
 from dirtylog.control.metrics import MetricsServer, parse_endpoint
 from dirtylog.control.qmp import CommandRegistry, QMPServer
-from dirtylog.errors import DirtylogError, HostError, UsageError
+from dirtylog.errors import HostError, UsageError
 from dirtylog.linux.kvm import KVM
 from dirtylog.machine import BootMode, KVMMachine, PCMachine, boot_flat, boot_sector
 from dirtylog.migration import Address, FileAddress, Listener, Role, credentials_for, parse_address
@@ -146,12 +147,14 @@ def command(
 
     With --incoming the memory must be as large as the source's, and IMAGE is not needed. URI is unix:PATH,
     tcp:HOST:PORT, tls:HOST:PORT or file:PATH; no HOST means 127.0.0.1, which only this host reaches. What goes to tcp:
-    can be read and replaced on its way, and anybody may connect: use tls: on networks.
+    can be read and replaced on its way, and anybody may connect: use tls: on networks. Whoever connects and is no
+    source, or one that does not fit, is turned away with a line that says why, and the source is waited for.
     """
     boots = None if image is None else Image(image, load_address, entry, BootMode(mode))
     _check_options(boots, incoming, paused=paused)
     with ExitStack() as stack:
         signals = stack.enter_context(EndOnSignals())
+        stack.enter_context(shown_log())
         address = None if incoming is None else parse_address(incoming)
         creds = os.path.abspath(tls_creds) if tls_creds else ""
         listener = None if address is None or isinstance(address, FileAddress) else _listen(stack, address, creds)
@@ -232,13 +235,9 @@ def _check_options(image: Image | None, incoming: str | None, *, paused: bool) -
 
 
 def _listen(stack: ExitStack, address: Address, creds: str) -> Listener:
-    listener = Listener(address, credentials_for(address, creds, Role.DESTINATION), _warn)
+    listener = Listener(address, credentials_for(address, creds, Role.DESTINATION))
     stack.callback(listener.close)
     return listener
-
-
-def _warn(error: DirtylogError) -> None:
-    click.echo(f"dirtylog: warning: turned a connection away: {error}", err=True)
 
 
 def _prepare_server(stack: ExitStack, controller: Controller, path: str) -> QMPServer:

@@ -7,10 +7,12 @@ import struct
 import time
 from typing import Final
 
-from dirtylog.units import MIB
+from dirtylog.units import KIB
 
 _SO_SNDBUFFORCE: Final = 32  # include/uapi/asm-generic/socket.h
 _SO_RCVBUFFORCE: Final = 33
+_DRAIN_SIZE: Final = 64 * KIB
+_UCRED: Final = struct.Struct("iII")
 
 
 def set_buffers(sock: socket.socket, size: int) -> None:
@@ -75,10 +77,22 @@ def hear_out(sock: socket.socket, seconds: float) -> None:
     set_timeouts(sock, seconds)
     try:
         sock.shutdown(socket.SHUT_WR)
-        while sock.recv(MIB) and time.monotonic() < deadline:
+        while sock.recv(_DRAIN_SIZE) and time.monotonic() < deadline:
             pass
     except OSError:  # gone, or silent for too long: nobody left to be polite to
         return
+
+
+def peer_name(sock: socket.socket) -> str:
+    """Who is at the other end, for people: an address, or over a Unix socket a process (SO_PEERCRED, unix(7))."""
+    try:
+        if sock.family == socket.AF_UNIX:
+            pid, uid, _ = _UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
+            return f"process {pid} of user {uid}"
+        host, port = sock.getpeername()[:2]
+    except OSError:  # it has gone
+        return "somebody who has gone"
+    return f"[{host}]:{port}" if sock.family == socket.AF_INET6 else f"{host}:{port}"
 
 
 def receive_files(sock: socket.socket, size: int, count: int) -> tuple[bytes, list[int], bool]:

@@ -14,8 +14,9 @@ from dirtylog.linux.missing import MissingFaults
 from dirtylog.machine import Machine, RunState
 from dirtylog.migration.absent import AbsentRAM
 from dirtylog.migration.blocktime import Blocktime
-from dirtylog.migration.channel import HANDSHAKE_TIMEOUT, Channel, Listener
+from dirtylog.migration.channel import HANDSHAKE_TIMEOUT, Channel
 from dirtylog.migration.fault_service import FaultService
+from dirtylog.migration.listener import Listener
 from dirtylog.migration.messages import (
     MAX_BATCH_PAGES,
     Failed,
@@ -31,6 +32,7 @@ from dirtylog.migration.messages import (
     State,
     ZeroPages,
 )
+from dirtylog.migration.reception import Reception
 from dirtylog.migration.statistics import Status
 from dirtylog.units import PAGE_SIZE
 
@@ -53,8 +55,7 @@ class Arrival:
         lost: why there is no connection; None while there is.
 
     Raises:
-        UsageError: this machine cannot run before all of its memory is here.
-        HostError: this host does not let it.
+        HostError: this host does not serve page faults.
     """
 
     def __init__(self, machine: Machine, session: bytes, observe: Callable[[Status], None]) -> None:
@@ -65,16 +66,10 @@ class Arrival:
         self._listeners: SimpleQueue[Listener | None] = SimpleQueue()
         self._lock = threading.Lock()
         self._aborted = False
-        self._current: Listener | Channel | None = None
+        self._current: Reception | Channel | None = None
         self._service: FaultService | None = None
-        faults = MissingFaults()
-        try:
-            machine.check_postcopy(of_kernel=faults.of_kernel)
-            self.blocktime = Blocktime(machine.writer_threads)
-            self._ram = AbsentRAM(tuple(machine.memory.blocks.values()), faults, self.blocktime)
-        except BaseException:
-            faults.close()
-            raise
+        self.blocktime = Blocktime(machine.writer_threads)
+        self._ram = AbsentRAM(tuple(machine.memory.blocks.values()), MissingFaults(), self.blocktime)
 
     def __enter__(self) -> Self:
         return self
@@ -170,7 +165,7 @@ class Arrival:
         if service is not None:
             service.close()
 
-    def _use(self, current: Listener | Channel) -> None:
+    def _use(self, current: Reception | Channel) -> None:
         """What `abort` is to end from now on."""
         with self._lock:
             self._current = current
@@ -209,26 +204,27 @@ class Arrival:
             listener = self._listeners.get()
             if listener is None:
                 raise CancelledError("the rest of the guest's memory was not waited for")
-            try:
-                return self._resumed(listener)
-            finally:
-                listener.close()
+            with Reception(listener, self._judge) as reception:
+                return self._resumed(reception)
 
-    def _resumed(self, listener: Listener) -> Channel:
+    def _judge(self, channel: Channel, message: Message) -> None:
+        """Let nobody in but the source."""
+        del channel
+        if not isinstance(message, Resume | Join) or not hmac.compare_digest(message.session, self._session):
+            raise ProtocolError("this is not the migration that is to be resumed")
+
+    def _resumed(self, reception: Reception) -> Channel:
+        self._use(reception)
         while True:
             with contextlib.suppress(PeerError), contextlib.ExitStack() as stack:
-                self._use(listener)
-                main = stack.enter_context(listener.accept())
-                if not hmac.compare_digest(main.expect(Resume).session, self._session):
-                    main.send(Failed("this is not the migration that is to be resumed"))
-                    continue
+                main, _ = reception.take(Resume)
+                stack.enter_context(main)
                 self._observe(Status.POSTCOPY_RECOVER)
                 for message in self._ram.lacking():
                     main.send(message)
                 main.send(Resumed())
-                urgent = stack.enter_context(listener.accept(HANDSHAKE_TIMEOUT, unless=main))
-                if not hmac.compare_digest(urgent.expect(Join).session, self._session):
-                    continue
+                urgent, _ = reception.take(Join, HANDSHAKE_TIMEOUT, unless=main)
+                stack.enter_context(urgent)
                 urgent.send(Joined())
                 for channel in (main, urgent):
                     channel.set_timeout(0)
@@ -237,3 +233,14 @@ class Arrival:
                 stack.pop_all()
                 return main
             self._observe(Status.POSTCOPY_PAUSED)
+
+
+def check_machine(machine: Machine) -> None:
+    """Find out whether a machine can run here before all of its memory is.
+
+    Raises:
+        UsageError: it cannot.
+        HostError: this host does not let it.
+    """
+    with MissingFaults() as faults:
+        machine.check_postcopy(of_kernel=faults.of_kernel)

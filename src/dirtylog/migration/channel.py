@@ -1,39 +1,31 @@
-"""The connections of a migration: who connects to whom, and what they say there."""
+"""The connections of a migration: all that is said on them goes through here."""
 
 import contextlib
 import os
 import socket
-import threading
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Final, Self, TypeVar
 
 from dirtylog.errors import (
     CancelledError,
     DirtylogError,
     DisconnectedError,
-    HostError,
-    PeerError,
     ProtocolError,
     RefusedError,
 )
 from dirtylog.linux.mapping import Contents
-from dirtylog.linux.socketfile import SocketFile
 from dirtylog.linux.sockets import (
     connect_unix,
     hear_out,
     keep_alive,
-    listen_tcp,
     receive_files,
     set_buffers,
     set_timeouts,
     shut_down,
 )
-from dirtylog.linux.wakeup import Waiter, Wakeup
-from dirtylog.migration.address import Address, TCPAddress, UnixAddress
+from dirtylog.migration.address import Address, UnixAddress
 from dirtylog.migration.credentials import Credentials, socket_address
-from dirtylog.migration.messages import MAX_CHANNELS, Failed, Message
+from dirtylog.migration.messages import Failed, Message
 from dirtylog.migration.protocol import Protocol, Role
 from dirtylog.migration.stream import PlainStream, Stream
 from dirtylog.migration.tls import Handshakes
@@ -73,8 +65,9 @@ class Channel:
         self.passes_files = self._stream.passes_files
         self.peer = "destination" if role is Role.SOURCE else "source"
         try:
+            if role is Role.SOURCE:
+                self.enlarge_buffers()
             with self._io():
-                set_buffers(sock, BUFFER_SIZE)
                 if sock.family != socket.AF_UNIX:
                     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                     keep_alive(sock)
@@ -99,8 +92,8 @@ class Channel:
         """How long nothing may move."""
         set_timeouts(self._socket, seconds)
 
-    def set_backlog(self, size: int) -> None:
-        """How many bytes may be on their way each way, more or less."""
+    def enlarge_buffers(self, size: int = BUFFER_SIZE) -> None:
+        """Have the kernel buffer as much as memory needs. A destination does so only for who is let in."""
         with self._io():
             set_buffers(self._socket, size)
 
@@ -225,6 +218,22 @@ class Channel:
         """The socket's descriptor."""
         return self._socket.fileno()
 
+    def give_up(self, error: Exception, *, wait: bool = True) -> None:
+        """Let the peer know why nothing comes of it, unless it knows or was not to know; it may be gone.
+
+        Args:
+            error: why.
+            wait: whether to `finish`.
+        """
+        if isinstance(error, CancelledError | DisconnectedError | RefusedError):
+            return
+        try:
+            self.send(Failed(str(error)[:4096]))
+        except DirtylogError:  # the error that matters is on its way already
+            return
+        if wait:
+            self.finish()
+
     def finish(self) -> None:
         """Say no more, and let the peer read what was said: bytes that arrive meanwhile are thrown away."""
         hear_out(self._socket, _DRAIN_SECONDS)
@@ -286,118 +295,3 @@ def connect(address: Address, credentials: Credentials | None = None, handshakes
         return Channel(sock, Role.SOURCE)
     handshakes = handshakes or Handshakes()
     return Channel(sock, Role.SOURCE, handshakes.shake_hands(sock, credentials, address.host, HANDSHAKE_TIMEOUT))
-
-
-def greet(sock: socket.socket, credentials: Credentials | None, handshakes: Handshakes) -> Channel:
-    """The channel to a source that has connected, once both have proved who they are if there are credentials.
-
-    The socket is the channel's, or is closed. This takes `HANDSHAKE_TIMEOUT` and a little more at most.
-
-    Raises:
-        PeerError: it is gone, or is not accepted.
-        CancelledError: ``handshakes`` were aborted.
-    """
-    if credentials is None:
-        return Channel(sock, Role.DESTINATION)
-    return Channel(sock, Role.DESTINATION, handshakes.shake_hands(sock, credentials, None, HANDSHAKE_TIMEOUT))
-
-
-class Listener:
-    """Waits for a source at an address; owns the socket, and its file if it has one.
-
-    Args:
-        address: a `TLSAddress` takes credentials, others none.
-        credentials: the destination's.
-        turned_away: told why a connection came to nothing because it was not encrypted, or not by whom it should be.
-
-    Raises:
-        UsageError: the address is in use, cannot be one, or lacks credentials.
-        HostError: the host does not let us listen there.
-    """
-
-    def __init__(
-        self,
-        address: Address,
-        credentials: Credentials | None = None,
-        turned_away: Callable[[PeerError], None] | None = None,
-    ) -> None:
-        address = socket_address(address, credentials)
-        self._credentials = credentials
-        self._turned_away = turned_away
-        self._handshakes = Handshakes()
-        self._lock = threading.Lock()
-        self._closed = False
-        self._wakeup = Wakeup()
-        self._close: Callable[[], None]
-        try:
-            if isinstance(address, UnixAddress):
-                file = SocketFile(address.path)
-                self._socket, self._close = file.socket, file.close
-                self.address: Address = address
-            else:
-                self._socket = _listen_tcp(address)
-                self._close = self._socket.close
-                self.address = replace(address, port=self._socket.getsockname()[1])
-        except BaseException:
-            self._wakeup.close()
-            raise
-        self._aborted = False
-
-    def accept(self, timeout: float | None = None, *, unless: Channel | None = None) -> Channel:
-        """Wait for a source, for some seconds or for ever. With credentials, those without are turned away meanwhile.
-
-        Args:
-            timeout: seconds.
-            unless: a channel that ends the wait when its peer says something, or is gone.
-
-        Raises:
-            CancelledError: `abort` was called.
-            DisconnectedError: none came before that.
-        """
-        waiter = Waiter(self._socket.fileno(), self._wakeup, *(() if unless is None else (unless.fileno(),)))
-        deadline = None if timeout is None else time.monotonic() + timeout
-        while not self._aborted:
-            left = None if deadline is None else deadline - time.monotonic()
-            if not waiter.wait(read=True, timeout=left):
-                raise DisconnectedError(f"nobody connected within {timeout:.0f} s")
-            try:
-                sock, _ = self._socket.accept()
-            except (BlockingIOError, ConnectionAbortedError):
-                if unless is not None and not self._aborted:
-                    raise DisconnectedError("nobody connected") from None
-                continue
-            sock.setblocking(True)
-            try:
-                return greet(sock, self._credentials, self._handshakes)
-            except PeerError as error:
-                if self._credentials is None:
-                    raise
-                if self._turned_away is not None:
-                    self._turned_away(error)
-        raise CancelledError("waiting for a migration was cancelled")
-
-    def abort(self) -> None:
-        """Make `accept` give up, in whichever thread it waits; nothing to do after `close`."""
-        self._handshakes.abort()
-        with self._lock:
-            self._aborted = True
-            if not self._closed:
-                self._wakeup.set()
-
-    def close(self) -> None:
-        """Close the socket and remove its file; idempotent. Not while another thread is in `accept`."""
-        with self._lock:
-            if not self._closed:
-                self._closed = True
-                self._close()
-                self._wakeup.close()
-
-
-def _listen_tcp(address: TCPAddress) -> socket.socket:
-    try:
-        return listen_tcp(address.host, address.port, MAX_CHANNELS)
-    except OSError as error:
-        raise HostError(
-            f"cannot listen at {address}: {error.strerror or error}",
-            remedy="choose an address of this host, and a port that is free",
-        ) from error

@@ -5,13 +5,11 @@ import hmac
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Final
 
 from dirtylog.errors import (
     CancelledError,
     DirtylogError,
     DisconnectedError,
-    PeerError,
     ProtocolError,
     RefusedError,
     UsageError,
@@ -20,11 +18,12 @@ from dirtylog.linux.process import ProcessName
 from dirtylog.machine import Machine, RunState
 from dirtylog.migration import sharing
 from dirtylog.migration.agreement import check_fits
-from dirtylog.migration.arrival import Arrival
+from dirtylog.migration.arrival import Arrival, check_machine
 from dirtylog.migration.blocktime import Blocktime
-from dirtylog.migration.channel import HANDSHAKE_TIMEOUT, Channel, Listener
+from dirtylog.migration.channel import HANDSHAKE_TIMEOUT, Channel
 from dirtylog.migration.digest import block_digest
 from dirtylog.migration.filler import Filler, SideFiller
+from dirtylog.migration.listener import Listener
 from dirtylog.migration.messages import (
     Digests,
     Failed,
@@ -32,6 +31,7 @@ from dirtylog.migration.messages import (
     Hello,
     Join,
     Joined,
+    Message,
     Owed,
     PassDone,
     Ready,
@@ -41,14 +41,15 @@ from dirtylog.migration.messages import (
 )
 from dirtylog.migration.prepare import Preparer
 from dirtylog.migration.ram import IncomingRAM
+from dirtylog.migration.reception import Reception
 from dirtylog.migration.statistics import Status
-
-_JOIN_TIMEOUT: Final = 3.0
-"""Seconds that a connection is given to say that it is one of the source's further channels."""
 
 
 class IncomingMigration:
     """Receives a machine into one that never ran, of the same kind and size, and runs it once the source let go.
+
+    The source is the first connection whose greeting fits. All others are turned away, told why, and logged (logger
+    ``dirtylog.migration``); what they do ends nothing.
 
     Args:
         machine: held in state ``inmigrate`` until it is handed over.
@@ -62,6 +63,9 @@ class IncomingMigration:
         self._observer = observe
         self._machine = machine
         self._listener = listener
+        self._reception: Reception | None = None
+        self._hello: Hello | None = None
+        self._joined = 0
         self._blocks = tuple(machine.memory.blocks.values())
         self._ram = IncomingRAM(self._blocks)
         self._verify = False
@@ -78,7 +82,8 @@ class IncomingMigration:
         """Make `run` give up, unless the guest was handed over already."""
         with self._lock:
             self._aborted = True
-            self._listener.abort()
+            if self._reception is not None:
+                self._reception.abort()
             for channel in self._channels:
                 channel.abort()
             if self._arrival is not None:
@@ -131,19 +136,50 @@ class IncomingMigration:
         """
         self._preparer.start()
         try:
-            with self._listener.accept() as channel:
-                self._preparer.stop()
-                self._adopt(channel)
-                self._converse(channel)
+            with self._open_reception() as reception:
+                channel, hello = reception.take(Hello)
+                with channel:
+                    self._preparer.stop()
+                    self._adopt(channel)
+                    self._converse(channel, hello, reception)
         except DisconnectedError as error:
             raise DisconnectedError(
                 f"{error.cause}; the guest was not handed over and is not started here",
                 remedy="start this side again, then the migration",
             ) from error
         finally:
-            self._listener.close()
             self._preparer.stop()
             self._preparer.join()
+
+    def _open_reception(self) -> Reception:
+        with self._lock:
+            self._reception = Reception(self._listener, self._judge)
+            if self._aborted:
+                self._reception.abort()
+            return self._reception
+
+    def _judge(self, channel: Channel, message: Message) -> None:
+        """Who is let in: one source whose machine fits, and then its further channels. Called one at a time."""
+        if isinstance(message, Hello):
+            if self._hello is not None:
+                raise UsageError("another source is here already", remedy="migrate to another destination")
+            check_fits(self._machine, message.machine, message.blocks)
+            if message.shared and (message.channels > 1 or not channel.passes_files):
+                raise ProtocolError("the source wants to share its memory on a connection that cannot do that")
+            if message.postcopy:
+                check_machine(self._machine)
+            self._hello = message
+        elif isinstance(message, Join):
+            hello = self._hello
+            if hello is None or not hmac.compare_digest(message.session, hello.session):
+                raise ProtocolError("it wants to join a session that is not here")
+            if self._joined >= hello.channels - 1 + hello.postcopy:
+                raise ProtocolError("all channels of the session are here already")
+            self._joined += 1
+        elif isinstance(message, Failed):
+            raise RefusedError(f"it gave up: {message.reason}")
+        else:
+            raise ProtocolError(f"it began with {type(message).__name__}")
 
     def _adopt(self, channel: Channel) -> None:
         with self._lock:
@@ -151,20 +187,25 @@ class IncomingMigration:
             if self._aborted:
                 channel.abort()
 
-    def _converse(self, channel: Channel) -> None:
+    def _converse(self, channel: Channel, hello: Hello, reception: Reception) -> None:
         try:
-            self._receive(channel)
+            self._receive(channel, hello, reception)
         except DirtylogError as error:
-            _tell(channel, error)
+            channel.give_up(error)
             raise
 
-    def _receive(self, channel: Channel) -> None:
-        hello = channel.expect(Hello)
+    def _receive(self, channel: Channel, hello: Hello, reception: Reception) -> None:
         with contextlib.ExitStack() as stack:
             if hello.postcopy:
                 self._arrival = stack.enter_context(Arrival(self._machine, hello.session, self._observe))
-            self._welcome(channel, hello)
-            state = self._receive_shared(channel) if hello.shared else self._receive_copied(channel, hello, stack)
+            self._verify = hello.verify
+            name = ProcessName.own()
+            channel.send(Welcome(name.boot_id, name.pid, name.start_time))
+            if hello.shared:
+                reception.close()
+                state = self._receive_shared(channel)
+            else:
+                state = self._receive_copied(channel, hello, reception, stack)
             # The source has let go for good: if it is gone by now, the guest runs here all the same.
             with contextlib.suppress(DisconnectedError):
                 channel.send(Taken())
@@ -173,10 +214,15 @@ class IncomingMigration:
                 self._arrival.run(channel)
         self._observe(Status.COMPLETED)
 
-    def _receive_copied(self, channel: Channel, hello: Hello, stack: contextlib.ExitStack) -> State:
-        with self._side_channels(channel, hello) as sides:
-            urgent = stack.enter_context(self._accept_side(channel, hello.session)) if hello.postcopy else None
-            self._listener.close()
+    def _receive_copied(
+        self, channel: Channel, hello: Hello, reception: Reception, stack: contextlib.ExitStack
+    ) -> State:
+        deadline = time.monotonic() + HANDSHAKE_TIMEOUT
+        with self._side_channels(channel, hello, reception, deadline) as sides:
+            urgent: Channel | None = None
+            if hello.postcopy:
+                urgent = stack.enter_context(self._accept_side(channel, reception, deadline))
+            reception.close()
             channel.set_timeout(0)
             message = self._fill(channel, sides)
         if not isinstance(message, Owed):
@@ -187,7 +233,6 @@ class IncomingMigration:
 
     def _receive_shared(self, channel: Channel) -> State:
         """Use the source's own memory, unless it is not handed over in the end."""
-        self._listener.close()
         self._preparer.join()
         try:
             sharing.take(channel, self._machine.memory)
@@ -220,7 +265,9 @@ class IncomingMigration:
         return message
 
     @contextlib.contextmanager
-    def _side_channels(self, main: Channel, hello: Hello) -> Iterator[list[SideFiller]]:
+    def _side_channels(
+        self, main: Channel, hello: Hello, reception: Reception, deadline: float
+    ) -> Iterator[list[SideFiller]]:
         """The further channels of a source, each with a thread of its own, until memory is complete.
 
         A source that keeps to the protocol has nothing more to say there then. Whatever one says, it does not reach
@@ -229,7 +276,8 @@ class IncomingMigration:
         fillers: list[SideFiller] = []
         try:
             while len(fillers) < hello.channels - 1:
-                fillers.append(SideFiller(self._accept_side(main, hello.session), self._ram, self._side_failed))
+                side = self._accept_side(main, reception, deadline)
+                fillers.append(SideFiller(side, self._ram, self._side_failed))
             yield fillers
         finally:
             for filler in fillers:
@@ -237,30 +285,22 @@ class IncomingMigration:
             for filler in fillers:  # what went wrong there explains what went wrong here
                 filler.check()
 
-    def _welcome(self, channel: Channel, hello: Hello) -> None:
-        check_fits(self._machine, hello.machine, hello.blocks)
-        if hello.shared and (hello.channels > 1 or not channel.passes_files):
-            raise ProtocolError("the source wants to share its memory on a connection that cannot do that")
-        self._verify = hello.verify
-        name = ProcessName.own()
-        channel.send(Welcome(name.boot_id, name.pid, name.start_time))
-
-    def _accept_side(self, main: Channel, session: bytes) -> Channel:
-        """The next connection that names the session. Others are turned away, as long as the source can wait."""
-        deadline = time.monotonic() + HANDSHAKE_TIMEOUT
-        while (left := deadline - time.monotonic()) > 0:
-            main.check_quiet()
-            # Whatever is wrong with a connection, it need not be the source's.
-            with contextlib.suppress(PeerError), contextlib.ExitStack() as stack:
-                side = stack.enter_context(self._listener.accept(left, unless=main))
-                self._adopt(side)
-                side.set_timeout(_JOIN_TIMEOUT)
-                if hmac.compare_digest(side.expect(Join).session, session):
-                    side.send(Joined())
-                    side.set_timeout(0)
-                    stack.pop_all()
-                    return side
-        raise ProtocolError("the source's further channels did not come", remedy="see who else connects here")
+    def _accept_side(self, main: Channel, reception: Reception, deadline: float) -> Channel:
+        """The next further channel, as long as the source can wait."""
+        try:
+            side, _ = reception.take(Join, deadline - time.monotonic(), unless=main)
+        except DisconnectedError as error:
+            main.check_quiet()  # it may be the one that has gone
+            raise ProtocolError(
+                "the source's further channels did not come", remedy="see who else connects here"
+            ) from error
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(side)
+            self._adopt(side)
+            side.send(Joined())
+            side.set_timeout(0)
+            stack.pop_all()
+        return side
 
     def _side_failed(self) -> None:
         """Wake the main channel's thread, which raises the error when the side channels are closed."""
@@ -283,14 +323,3 @@ class IncomingMigration:
         if self._verify and not self._digests:
             raise ProtocolError("the source sent its state without the digests that were agreed on")
         self._machine.load_state(state.parts)
-
-
-def _tell(channel: Channel, error: DirtylogError) -> None:
-    """Let the source know why; it may be gone."""
-    if isinstance(error, CancelledError | DisconnectedError | RefusedError):
-        return
-    try:
-        channel.send(Failed(str(error)[:4096]))
-    except DirtylogError:  # the error that matters is on its way already
-        return
-    channel.finish()

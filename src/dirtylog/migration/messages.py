@@ -23,7 +23,9 @@ HEAD: Final = struct.Struct("<HHI")
 """A frame's head: type, zero, length of the body."""
 
 MAX_BODY: Final = 16 << 20
-"""The longest body that is accepted; machine state is the longest there is, and takes some KiB per vCPU."""
+"""The longest body of a `State`; machine state takes some KiB per vCPU."""
+MAX_SHORT_BODY: Final = 2 << 20
+"""The longest body of any other message, with room for `MAX_RUNS`: what a stranger can make a destination hold."""
 MAX_BATCH_PAGES: Final = 4096
 """The most pages that one message may carry, so that a receiver can bound what it waits for."""
 MAX_RUNS: Final = 1 << 16
@@ -340,9 +342,14 @@ def encode(message: Message) -> bytes:
             body += _ENCODING.pack(message.size, message.difference)
     else:
         body = _encoder.encode(message)
-    if len(body) > MAX_BODY:
-        raise ProtocolError(f"a {type(message).__name__} message of {len(body)} bytes is longer than {MAX_BODY}")
+    longest = _longest_body(type(message))
+    if len(body) > longest:
+        raise ProtocolError(f"a {type(message).__name__} message of {len(body)} bytes is longer than {longest}")
     return HEAD.pack(message.TYPE, 0, len(body)) + body
+
+
+def _longest_body(kind: type[Message]) -> int:
+    return MAX_BODY if kind is State else MAX_SHORT_BODY
 
 
 def decode_head(head: bytes) -> tuple[type[Message], int]:
@@ -355,7 +362,7 @@ def decode_head(head: bytes) -> tuple[type[Message], int]:
     kind = MESSAGES.get(number)
     if kind is None or reserved:
         raise ProtocolError(f"the stream is corrupt: no message has the type {number} and flags {reserved}")
-    if length > MAX_BODY:
+    if length > _longest_body(kind):
         raise ProtocolError(f"the stream is corrupt: a {kind.__name__} message of {length} bytes")
     return kind, length
 

@@ -118,7 +118,7 @@ class Postcopy:
         if not isinstance(main, Channel) or not isinstance(urgent, Channel):
             raise UsageError("only a process can run a guest before it has its memory")
         self._main = main
-        main.set_backlog(_BACKLOG)
+        main.enlarge_buffers(_BACKLOG)
         main.set_timeout(STALL_TIMEOUT)
         urgent.set_timeout(0)  # nobody may ask for a long time
         self._urgent = UrgentLane(urgent, self._owed, self._tally, main)
