@@ -2,7 +2,7 @@
 # DIRTYLOG_REQUIRE=kvm,... in the environment turns tests that would be skipped into failures: see CONTRIBUTING.md.
 BIN := .venv/bin
 
-.PHONY: help setup check test demo bench lab soak clean
+.PHONY: help setup check test demo bench fuzz lab soak clean
 .DEFAULT_GOAL := help
 
 help:  ## show this list
@@ -29,9 +29,13 @@ bench: setup  ## compare with QEMU; installs Debian's qemu-system-x86 where ther
 soak: setup  ## test all trackers against writers that never rest, for hours (SOAK='--seconds 10s' or other options)
 	$(BIN)/python tools/soak.py $(SOAK)
 
+fuzz: setup  ## fuzz the parsers of what peers and files say; FUZZ='--seconds 10min' or other options
+	@$(BIN)/python -c 'import atheris' 2>/dev/null || $(BIN)/python -m pip install --quiet --constraint constraints.txt atheris
+	$(BIN)/python -m tools.fuzz $(FUZZ)
+
 lab: setup  ## run the trackers' and the KVM machine's tests on a second kernel, in emulation; LAB='...' passes options
 	$(BIN)/python -m tools.lab $(LAB)
 
 clean:  ## remove .venv and all that the tools left
-	rm -rf .venv .lab .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist
+	rm -rf .venv .fuzz .lab .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
