@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from support.require import require
 from support.waiting import BOUND, Task
 
 from dirtylog.linux.sockets import (
@@ -13,6 +14,7 @@ from dirtylog.linux.sockets import (
     hear_out,
     keep_alive,
     listen_tcp,
+    peer_name,
     receive_files,
     set_buffers,
     set_timeouts,
@@ -182,3 +184,25 @@ class TestHearOut:
     def test_peer_that_has_gone_is_no_error(self, pair: tuple[socket.socket, socket.socket]) -> None:
         pair[1].close()
         hear_out(pair[0], BOUND)
+
+
+def test_peer_over_a_unix_socket_is_named_by_its_process(pair: tuple[socket.socket, socket.socket]) -> None:
+    assert peer_name(pair[0]) == f"process {os.getpid()} of user {os.getuid()}"
+
+
+@pytest.mark.parametrize(("host", "shown"), [("127.0.0.1", "127.0.0.1"), ("::1", "[::1]")])
+def test_peer_over_tcp_is_named_by_its_address(host: str, shown: str) -> None:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as server:
+        try:
+            server.bind((host, 0))
+        except OSError as error:
+            require("ipv6", False, f"this host has no {host}: {error}")
+        server.listen()
+        with socket.create_connection(server.getsockname()[:2]) as client, server.accept()[0] as accepted:
+            assert peer_name(accepted) == f"{shown}:{client.getsockname()[1]}"
+
+
+def test_peer_that_was_never_there_is_named_too() -> None:
+    with socket.socket() as sock:
+        assert peer_name(sock) == "somebody who has gone"
