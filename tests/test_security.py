@@ -20,5 +20,5 @@ def test_commands_make_credentials_that_both_sides_accept(tmp_path: Path) -> Non
     script = f"set -e\n{authority}{host.replace('192.0.2.1', HOST)}"
     subprocess.run(["sh", "-c", script], cwd=tmp_path, check=True, capture_output=True)
     with encrypted_channels(str(tmp_path / "host1.example.org")) as (source, destination):
-        source.send(hello := Hello("fake", (), False, 1, bytes(16), False))
+        source.send(hello := Hello("fake", (), False, 1, bytes(16), False, False))
         assert destination.expect(Hello) == hello

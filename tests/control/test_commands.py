@@ -432,6 +432,7 @@ class TestParameters:
         "tls-hostname": "",
         "x-clear-chunk": 128 * MIB,
         "x-verify": False,
+        "x-postcopy-after": 0,
     }
 
     def test_defaults_can_be_asked_for(self, fake: Served) -> None:
@@ -464,6 +465,7 @@ class TestParameters:
             ("tls-hostname", "host.example.org"),
             ("x-clear-chunk", 1),
             ("x-verify", True),
+            ("x-postcopy-after", 2),
         ],
     )
     def test_one_is_set_and_the_others_stay(self, fake: Served, name: str, value: object) -> None:
@@ -572,7 +574,7 @@ class TestCapabilities:
     @pytest.mark.parametrize(
         ("name", "state", "cause"),
         [
-            ("postcopy-ram", True, "the capability 'postcopy-ram' is not offered here"),
+            ("postcopy-preempt", True, "the capability 'postcopy-preempt' is not offered here"),
             ("rdma-pin-all", True, "the capability 'rdma-pin-all' is not offered here"),
             ("toaster", False, "there is no capability 'toaster'"),
             ("dirty-limit", True, "a machine of kind 'fake' does not know which vCPU writes"),

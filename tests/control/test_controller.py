@@ -280,7 +280,7 @@ class TestReceive:
 
     def test_source_that_goes_away_ends_it(self, uri: str) -> None:
         with _receiver(uri) as receiver, connect(parse_address(uri)) as source:
-            source.send(Hello("fake", block_infos(receiver.machine), False, 1, bytes(16), False))
+            source.send(Hello("fake", block_infos(receiver.machine), False, 1, bytes(16), False, False))
             source.expect(Welcome)
             source.close()
             with pytest.raises(DisconnectedError, match="is not started here"):

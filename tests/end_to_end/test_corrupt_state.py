@@ -23,7 +23,7 @@ def state() -> MachineState:
 
 def _play(state: MachineState) -> tuple[BaseException | None, str | None]:
     """A migration that ends after the state: the error of the destination, and the reason that it told the source."""
-    hello = Hello(KVMMachine.kind, (BlockInfo("pc.ram", KVM_RAM, PAGE_SIZE),), False, 1, bytes(16), False)
+    hello = Hello(KVMMachine.kind, (BlockInfo("pc.ram", KVM_RAM, PAGE_SIZE),), False, 1, bytes(16), False, False)
     with machine("kvm", boot=False) as guest:
         error, answer = play_to_destination(guest, stream([PREAMBLE_PIECE, piece(hello), piece(State(True, state))]))
         assert guest.state is RunState.INMIGRATE

@@ -41,7 +41,7 @@ from dirtylog.migration.messages import (
 from dirtylog.migration.protocol import Protocol, Role, Stage
 from dirtylog.units import MIB, PAGE_SIZE
 
-_HELLO = Hello("fake", (), False, 1, bytes(16), False)
+_HELLO = Hello("fake", (), False, 1, bytes(16), False, False)
 _WELCOME = Welcome("boot", 1, 1)
 
 

@@ -76,7 +76,7 @@ class _Source:
     def begin(self, channels: int, *, verify: bool = False) -> Channel:
         """The first channel."""
         main = self.channel()
-        main.send(Hello("fake", _BLOCKS, verify, channels, _SESSION, False))
+        main.send(Hello("fake", _BLOCKS, verify, channels, _SESSION, False, False))
         main.expect(Welcome)
         return main
 
@@ -161,7 +161,7 @@ def _another_session(source: _Source) -> None:
 
 
 def _another_source(source: _Source) -> None:
-    source.channel().send(Hello("fake", _BLOCKS, False, 1, _SESSION, False))
+    source.channel().send(Hello("fake", _BLOCKS, False, 1, _SESSION, False, False))
 
 
 def _half_a_message(source: _Source) -> None:
@@ -219,7 +219,7 @@ def test_source_that_speaks_before_its_channels_came_is_heard(
 
 
 def test_source_with_more_channels_than_any_destination_takes_is_turned_away(source: _Source) -> None:  # M5, M10
-    frame = piece(Hello("fake", _BLOCKS, False, 64, _SESSION, False))
+    frame = piece(Hello("fake", _BLOCKS, False, 64, _SESSION, False, False))
     said = stream([PREAMBLE_PIECE]) + frame.data.replace(b"channels\x40", b"channels\x41")
     assert "not a Hello message" in str(reason(tuple(parse(talk(source.raw(), said)))))
     source.arrive(source.begin(1))

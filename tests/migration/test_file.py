@@ -61,7 +61,7 @@ def blocks() -> Iterator[list[RAMBlock]]:
 
 def _begin(path: Path) -> FileOutlet:
     outlet = FileOutlet(str(path))
-    outlet.send(Hello("toy", _BLOCKS, False, 1, bytes(16), False))
+    outlet.send(Hello("toy", _BLOCKS, False, 1, bytes(16), False, False))
     outlet.expect(Welcome)
     return outlet
 

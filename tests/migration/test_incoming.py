@@ -176,7 +176,7 @@ def _ones(payload: Piece) -> Piece:
 
 
 def _hello(machine: str = "fake", blocks: tuple[BlockInfo, ...] = _FAKE_BLOCKS, *, verify: bool = True) -> _Change:
-    return _instead("Hello", piece(Hello(machine, blocks, verify, 1, bytes(16), False)))
+    return _instead("Hello", piece(Hello(machine, blocks, verify, 1, bytes(16), False, False)))
 
 
 _TURNED_AWAY: dict[str, tuple[_Change, str]] = {
@@ -421,7 +421,7 @@ def test_nobody_else_is_taken_in_once_a_source_has_come(
     assert guest.state is RunState.RUNNING
 
 
-_SHARED = Hello("fake", _FAKE_BLOCKS, False, 1, bytes(16), True)
+_SHARED = Hello("fake", _FAKE_BLOCKS, False, 1, bytes(16), True, False)
 _STATE = State(False, {"cpu0": {"place": struct.pack("<IQ", 16 * 4096, 0)}})
 
 
@@ -545,7 +545,7 @@ def test_source_that_shares_something_wrong_is_refused_and_let_go_of(  # M5, M6
 def test_digests_that_were_agreed_on_are_not_left_out_where_memory_is_shared(  # M5
     guest: FakeMachine, memory: list[MemfdMapping]
 ) -> None:
-    hello = Hello("fake", _FAKE_BLOCKS, True, 1, bytes(16), True)
+    hello = Hello("fake", _FAKE_BLOCKS, True, 1, bytes(16), True, False)
     with _source(guest, hello) as (source, task):
         _share(source, memory)
         source.send(_STATE)
@@ -557,7 +557,7 @@ def test_digests_that_were_agreed_on_are_not_left_out_where_memory_is_shared(  #
 def test_shared_memory_that_changed_since_it_was_digested_is_refused(  # M5
     guest: FakeMachine, memory: list[MemfdMapping]
 ) -> None:
-    hello = Hello("fake", _FAKE_BLOCKS, True, 1, bytes(16), True)
+    hello = Hello("fake", _FAKE_BLOCKS, True, 1, bytes(16), True, False)
     with _source(guest, hello) as (source, task):
         _share(source, memory)
         source.send(Digests((b"x", b"y")))
@@ -575,7 +575,7 @@ def test_memory_is_not_shared_over_the_network_or_on_several_channels(  # M5
         incoming = IncomingMigration(guest, listener)
         task = Task(incoming.run)
         with connect(listener.address) as source:
-            source.send(Hello("fake", _FAKE_BLOCKS, False, channels, bytes(16), True))
+            source.send(Hello("fake", _FAKE_BLOCKS, False, channels, bytes(16), True, False))
             with pytest.raises(RefusedError, match="wants to share its memory on a connection that cannot do that"):
                 source.expect(Welcome)
         assert task.running

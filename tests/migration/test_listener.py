@@ -13,7 +13,7 @@ from dirtylog.migration.channel import connect
 from dirtylog.migration.listener import Listener
 from dirtylog.migration.messages import Hello
 
-_HELLO = Hello("fake", (), False, 1, bytes(16), False)
+_HELLO = Hello("fake", (), False, 1, bytes(16), False, False)
 
 
 def _no_such_name(*_: object, **__: object) -> None:

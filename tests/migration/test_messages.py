@@ -13,6 +13,7 @@ from dirtylog.migration.messages import (
     MAX_BATCH_PAGES,
     MAX_BODY,
     MAX_CHANNELS,
+    MAX_FILES,
     MAX_RUNS,
     MAX_SHORT_BODY,
     MESSAGES,
@@ -24,11 +25,16 @@ from dirtylog.migration.messages import (
     Hello,
     Join,
     Joined,
+    Lacking,
     Message,
+    Owed,
     Pages,
     PassDone,
     PassEnd,
     Ready,
+    Request,
+    Resume,
+    Resumed,
     Shared,
     State,
     Taken,
@@ -52,15 +58,16 @@ def _runs(*runs: tuple[int, int]) -> messages.Runs:
 _TABLE: list[tuple[Stage, Message, str]] = [
     (
         Stage.OPENING,
-        Hello("kvm-x86-pc", (BlockInfo("pc.ram", 1 << 30, 4096),), False, 1, bytes(16), False),
-        "0100 0000 74000000"
-        "86 a7 6d616368696e65 aa 6b766d2d7838362d7063"  # machine: kvm-x86-pc
+        Hello("kvm-x86-pc", (BlockInfo("pc.ram", 1 << 30, 4096),), False, 1, bytes(16), False, False),
+        "0100 0000 7e000000"
+        "87 a7 6d616368696e65 aa 6b766d2d7838362d7063"  # machine: kvm-x86-pc
         "a6 626c6f636b73 91 83 a4 6e616d65 a6 70632e72616d"  # blocks: name: pc.ram
         "a4 73697a65 ce 40000000 a9 706167655f73697a65 cd 1000"  # size, page_size
         "a6 766572696679 c2"  # verify: false
         "a8 6368616e6e656c73 01"  # channels: 1
         "a7 73657373696f6e c4 10 00000000000000000000000000000000"  # session
-        "a6 736861726564 c2",  # shared: false
+        "a6 736861726564 c2"  # shared: false
+        "a8 706f7374636f7079 c2",  # postcopy: false
     ),
     (
         Stage.OFFERED,
@@ -111,6 +118,23 @@ _TABLE: list[tuple[Stage, Message, str]] = [
     ),
     (Stage.JOINING, Joined(), "0f00 0000 01000000 80"),
     (Stage.STREAMING, Shared(2), "1000 0000 08000000 81 a5 66696c6573 02"),
+    (
+        Stage.STREAMING,
+        Owed(1, _runs((0, 2), (16, 4))),
+        "1100 0000 28000000 01000000 02000000 0000000000000000 0200000000000000 1000000000000000 0400000000000000",
+    ),
+    (Stage.SIDE, Request(1, 300), "1200 0000 10000000 82 a5 626c6f636b 01 a4 70616765 cd 012c"),
+    (
+        Stage.OPENING,
+        Resume(b"0123456789abcdef"),
+        "1300 0000 1b000000 81 a7 73657373696f6e c4 10 30313233343536373839616263646566",
+    ),
+    (
+        Stage.RESUMING,
+        Lacking(0, _runs((3, 1))),
+        "1400 0000 18000000 00000000 01000000 0300000000000000 0100000000000000",
+    ),
+    (Stage.RESUMING, Resumed(), "1500 0000 01000000 80"),
 ]
 _EACH = pytest.mark.parametrize(
     ("stage", "message", "frame"),
@@ -147,7 +171,7 @@ def _conversation(role: Role, stage: Stage) -> Protocol:
 @_EACH
 def test_frame_that_arrives_byte_by_byte_gives_the_message(stage: Stage, message: Message, frame: bytes) -> None:
     protocol = _conversation(Role.DESTINATION, stage)
-    if isinstance(message, Welcome | PassDone | Ready | Taken | Joined):
+    if isinstance(message, Welcome | PassDone | Ready | Taken | Joined | Request | Lacking | Resumed):
         protocol = _conversation(Role.SOURCE, stage)
     got, buffer = None, b""
     for number, byte in enumerate(frame):
@@ -177,7 +201,7 @@ def test_body_cut_anywhere_is_refused(stage: Stage, message: Message, frame: byt
     ("head", "reason"),
     [
         ((0, 0, 0), "no message has the type 0"),
-        ((17, 0, 0), "no message has the type 17"),
+        ((22, 0, 0), "no message has the type 22"),
         ((0xFFFF, 0, 0), "no message has the type 65535"),
         ((1, 1, 0), "no message has the type 1 and flags 1"),
         ((8, 0, MAX_BODY + 1), "a State message of 16777217 bytes"),
@@ -213,7 +237,7 @@ _MALFORMED_TABLES = {
 }
 
 
-@pytest.mark.parametrize("kind", [Pages, ZeroPages, EncodedPages])
+@pytest.mark.parametrize("kind", [Pages, ZeroPages, EncodedPages, Owed, Lacking])
 @pytest.mark.parametrize("name", _MALFORMED_TABLES)
 def test_malformed_run_table_is_refused(kind: type[Message], name: str) -> None:  # M5
     encoding = struct.pack("<II", 1, 0) if kind is EncodedPages else b""
@@ -271,10 +295,22 @@ def test_more_pages_with_contents_than_a_receiver_waits_for_are_refused() -> Non
         decode_body(Pages, _table(0, 2, 0, 1, 7, MAX_BATCH_PAGES))
 
 
-_HELLO: dict[str, object] = {"machine": "x", "blocks": [], "verify": False, "channels": 1, "session": bytes(16)}
+_HELLO: dict[str, object] = {
+    "machine": "x",
+    "blocks": [],
+    "verify": False,
+    "channels": 1,
+    "session": bytes(16),
+    "shared": False,
+    "postcopy": False,
+}
 _WRONG_FACTS: dict[str, tuple[type[Message], object]] = {
     "not a map": (Hello, [1]),
     "fields missing": (Hello, {"machine": "x"}),
+    **{
+        f"no {left_out}": (Hello, {name: value for name, value in _HELLO.items() if name != left_out})
+        for left_out in _HELLO
+    },
     "unknown field": (Handover, {"extra": 1}),
     "wrong type": (PassEnd, {"number": "1"}),
     "negative": (PassEnd, {"number": -1}),
@@ -285,6 +321,9 @@ _WRONG_FACTS: dict[str, tuple[type[Message], object]] = {
     "more channels than can be had": (Hello, _HELLO | {"channels": 65}),
     "session too short": (Hello, _HELLO | {"session": bytes(15)}),
     "session too long": (Join, {"session": bytes(17)}),
+    "session of one that resumes too short": (Resume, {"session": bytes(15)}),
+    "page before the first": (Request, {"block": 0, "page": -1}),
+    "block past 63 bits": (Request, {"block": 1 << 63, "page": 0}),
     "no process": (Welcome, {"boot_id": "b", "pid": 0, "start_time": 1}),
     "process number past the kernel's": (Welcome, {"boot_id": "b", "pid": 1 << 31, "start_time": 1}),
     "text where bytes belong": (Digests, {"blocks": ["x"]}),
@@ -341,6 +380,8 @@ _any_message: st.SearchStrategy[Message] = st.one_of(
         st.booleans(),
         st.integers(1, MAX_CHANNELS),
         _sessions,
+        st.booleans(),
+        st.booleans(),
     ),
     st.builds(Welcome, _texts, st.integers(1, (1 << 31) - 1), _counts),
     st.builds(Pages, st.integers(0, (1 << 32) - 1), _run_tables(200)),
@@ -349,6 +390,12 @@ _any_message: st.SearchStrategy[Message] = st.one_of(
     st.builds(PassDone, _counts, _counts, _counts, _counts),
     st.builds(Join, _sessions),
     st.just(Joined()),
+    st.builds(Shared, st.integers(1, MAX_FILES)),
+    st.builds(Owed, st.integers(0, (1 << 32) - 1), _run_tables(1 << 40)),
+    st.builds(Request, _counts, _counts),
+    st.builds(Resume, _sessions),
+    st.builds(Lacking, st.integers(0, (1 << 32) - 1), _run_tables(1 << 40)),
+    st.just(Resumed()),
     st.builds(
         EncodedPages,
         st.integers(0, (1 << 32) - 1),

@@ -30,7 +30,8 @@ def test_what_is_agreed_on_at_the_beginning_is_what_the_destination_or_the_cache
     names = {field.name for field in fields(Parameters)}
     changeable = {"downtime_limit", "max_bandwidth", "switchover_bandwidth"}
     slowing = {"throttle", "vcpu_dirty_limit", "dirty_limit_period"}
-    assert names - Parameters.AGREED == changeable | slowing
+    switching = {"postcopy_after", "pause_before_switchover"}
+    assert names - Parameters.AGREED == changeable | slowing | switching
     assert names >= Parameters.AGREED
 
 
@@ -50,6 +51,8 @@ def test_what_is_agreed_on_at_the_beginning_is_what_the_destination_or_the_cache
         ("delta_cache", (1 << 63) - 1),
         ("clear_chunk", 1),
         ("clear_chunk", (1 << 63) - 1),
+        ("postcopy_after", 0),
+        ("postcopy_after", (1 << 31) - 1),
         ("vcpu_dirty_limit", 1),
         ("vcpu_dirty_limit", (1 << 32) - 1),
         ("dirty_limit_period", 0.001),
@@ -77,6 +80,8 @@ def test_value_at_a_bound_is_accepted(name: str, value: int) -> None:
         ("delta_cache", 1 << 63, "a cache of 9223372036854775808 bytes"),
         ("clear_chunk", 0, "a clear chunk of 0 bytes"),
         ("clear_chunk", 1 << 63, "a clear chunk of 9223372036854775808 bytes"),
+        ("postcopy_after", -1, "postcopy after -1 passes"),
+        ("postcopy_after", 1 << 31, "postcopy after 2147483648 passes"),
         ("vcpu_dirty_limit", 0, "a dirty limit of 0 MiB/s"),
         ("vcpu_dirty_limit", 1 << 32, "a dirty limit of 4294967296 MiB/s"),
         ("dirty_limit_period", 0.0, "a period of 0.0 s for the dirty limit"),

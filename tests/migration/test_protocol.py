@@ -19,11 +19,16 @@ from dirtylog.migration.messages import (
     Hello,
     Join,
     Joined,
+    Lacking,
     Message,
+    Owed,
     Pages,
     PassDone,
     PassEnd,
     Ready,
+    Request,
+    Resume,
+    Resumed,
     Shared,
     State,
     Taken,
@@ -35,7 +40,7 @@ from dirtylog.migration.protocol import SENDERS, TRANSITIONS, Protocol, Role, St
 
 _RUNS = np.array([[0, 1]], np.int64)
 _EXAMPLES: dict[type[Message], Message] = {
-    Hello: Hello("fake", (), False, 1, bytes(16), False),
+    Hello: Hello("fake", (), False, 1, bytes(16), False, False),
     Welcome: Welcome("boot", 1, 1),
     Pages: Pages(0, _RUNS),
     ZeroPages: ZeroPages(0, _RUNS),
@@ -51,6 +56,11 @@ _EXAMPLES: dict[type[Message], Message] = {
     Join: Join(bytes(16)),
     Joined: Joined(),
     Shared: Shared(1),
+    Owed: Owed(0, _RUNS),
+    Request: Request(0, 3),
+    Resume: Resume(bytes(16)),
+    Lacking: Lacking(0, _RUNS),
+    Resumed: Resumed(),
 }
 
 # What may be said when, by whom, and what it leads to: written out here a second time, on purpose.
@@ -69,6 +79,7 @@ SIDE         source       Pages      SIDE
 SIDE         source       ZeroPages  SIDE
 SIDE         source       EncodedPages SIDE
 SIDE         source       PassEnd    SIDE_ENDED
+SIDE         destination  Request    SIDE
 SIDE         source       Failed     FAILED
 SIDE         destination  Failed     FAILED
 SIDE_ENDED   destination  PassDone   SIDE
@@ -103,6 +114,33 @@ READY        destination  Failed     FAILED
 HANDED_OVER  destination  Taken      TAKEN
 HANDED_OVER  source       Failed     FAILED
 HANDED_OVER  destination  Failed     FAILED
+STREAMING    source       Owed       OWING
+OWING        source       Owed       OWING
+OWING        source       State      OWING_STATE_SENT
+OWING        source       Failed     FAILED
+OWING        destination  Failed     FAILED
+OWING_STATE_SENT  destination  Ready       OWING_READY
+OWING_STATE_SENT  source       Failed      FAILED
+OWING_STATE_SENT  destination  Failed      FAILED
+OWING_READY  source       Handover   OWING_HANDED_OVER
+OWING_READY  source       Failed     FAILED
+OWING_READY  destination  Failed     FAILED
+OWING_HANDED_OVER  destination  Taken   SERVING
+OWING_HANDED_OVER  source       Failed  FAILED
+OWING_HANDED_OVER  destination  Failed  FAILED
+SERVING      source       Pages      SERVING
+SERVING      source       ZeroPages  SERVING
+SERVING      source       PassEnd    SERVED
+SERVING      source       Failed     FAILED
+SERVING      destination  Failed     FAILED
+SERVED       destination  PassDone   FINISHED
+SERVED       source       Failed     FAILED
+SERVED       destination  Failed     FAILED
+OPENING      source       Resume     RESUMING
+RESUMING     destination  Lacking    RESUMING
+RESUMING     destination  Resumed    SERVING
+RESUMING     source       Failed     FAILED
+RESUMING     destination  Failed     FAILED
 """
 _NEXT = {
     (Stage[stage], Role(sender), name): Stage[following]
@@ -158,7 +196,7 @@ def test_side_takes_only_what_the_table_allows(stage: Stage, sender: Role, kind:
 
 def test_tables_name_every_message_and_no_way_leads_on_from_the_end() -> None:
     assert set(SENDERS) == set(MESSAGES.values()) == {kind for _, kind in TRANSITIONS}
-    assert not {Stage.TAKEN, Stage.FAILED} & {stage for stage, _ in TRANSITIONS}
+    assert not {Stage.TAKEN, Stage.FINISHED, Stage.FAILED} & {stage for stage, _ in TRANSITIONS}
 
 
 def test_guest_changes_hands_in_one_order_only() -> None:  # M1
@@ -168,18 +206,30 @@ def test_guest_changes_hands_in_one_order_only() -> None:  # M1
     assert before(Stage.TAKEN) == {Stage.HANDED_OVER}
     assert before(Stage.HANDED_OVER) == {Stage.READY}
     assert before(Stage.READY) == {Stage.STATE_SENT}
+    assert before(Stage.SERVING) == {Stage.OWING_HANDED_OVER, Stage.RESUMING, Stage.SERVING}
+    assert before(Stage.OWING_HANDED_OVER) == {Stage.OWING_READY}
+    assert before(Stage.OWING_READY) == {Stage.OWING_STATE_SENT}
+
+
+def test_connection_that_resumes_never_hands_the_guest_over() -> None:  # M1
+    assert _reached(Stage.RESUMING) == {Stage.RESUMING, Stage.SERVING, Stage.SERVED, Stage.FINISHED, Stage.FAILED}
+
+
+def _reached(start: Stage) -> set[Stage]:
+    """The stages that a conversation at one of them can come to."""
+    reached, more = set[Stage](), {start}
+    while more:
+        reached |= more
+        more = {end for (begin, _), end in TRANSITIONS.items() if begin in reached} - reached
+    return reached
 
 
 def test_side_channel_never_leads_to_the_guest() -> None:  # M1
-    reached, more = set[Stage](), {Stage.SIDE}
-    while more:
-        reached |= more
-        more = {end for (start, _), end in TRANSITIONS.items() if start in reached} - reached
-    assert reached == {Stage.SIDE, Stage.SIDE_ENDED, Stage.FAILED}
+    assert _reached(Stage.SIDE) == {Stage.SIDE, Stage.SIDE_ENDED, Stage.FAILED}
 
 
 def test_preamble_is_magic_and_version() -> None:
-    assert Protocol.preamble() == b"DIRTYLOG\x03\x00\x00\x00" == MAGIC + struct.pack("<I", VERSION)
+    assert Protocol.preamble() == b"DIRTYLOG\x04\x00\x00\x00" == MAGIC + struct.pack("<I", VERSION)
 
 
 def test_peer_that_speaks_tls_is_told_from_others() -> None:
@@ -192,7 +242,7 @@ def test_peer_that_speaks_tls_is_told_from_others() -> None:
 @pytest.mark.parametrize("role", Role)
 @pytest.mark.parametrize(
     "data",
-    [b"GET / HTTP/1.1\r\n", b"QEVM\x00\x00\x00\x03 padding", b"dirtylog\x03\x00\x00\x00", bytes(12), b"\xff" * 12],
+    [b"GET / HTTP/1.1\r\n", b"QEVM\x00\x00\x00\x03 padding", b"dirtylog\x04\x00\x00\x00", bytes(12), b"\xff" * 12],
 )
 def test_peer_that_speaks_something_else_is_refused(role: Role, data: bytes) -> None:  # M5
     protocol = Protocol(role)
@@ -202,9 +252,9 @@ def test_peer_that_speaks_something_else_is_refused(role: Role, data: bytes) -> 
     assert _other(role).value in caught.value.cause
 
 
-@pytest.mark.parametrize("version", [0, 2, VERSION + 1, 0xFFFF_FFFF])
+@pytest.mark.parametrize("version", [0, 3, VERSION + 1, 0xFFFF_FFFF])
 def test_peer_of_another_version_is_refused(version: int) -> None:  # M5
-    with pytest.raises(ProtocolError, match=f"speaks version {version} of the migration protocol, this side 3"):
+    with pytest.raises(ProtocolError, match=f"speaks version {version} of the migration protocol, this side 4"):
         Protocol(Role.DESTINATION).receive(MAGIC + struct.pack("<I", version))
 
 

@@ -44,7 +44,7 @@ from dirtylog.migration.messages import (
 )
 from dirtylog.migration.reception import MAX_VISITORS, Reception
 
-_HELLO = Hello("right", (), False, 1, bytes(16), False)
+_HELLO = Hello("right", (), False, 1, bytes(16), False, False)
 _WELCOME = Welcome("boot", 1, 1)
 _GREETING = stream([PREAMBLE_PIECE, piece(_HELLO)])
 
@@ -128,7 +128,7 @@ def test_who_greets_is_let_in_and_given_large_buffers(place: _Place) -> None:
 
 
 def test_who_does_not_fit_is_told_why_and_logged(place: _Place) -> None:
-    stranger = place.source(Hello("wrong", (), False, 1, bytes(16), False))
+    stranger = place.source(Hello("wrong", (), False, 1, bytes(16), False, False))
     with pytest.raises(RefusedError, match="the destination gave up: it is wrong; be right"):
         stranger.expect(Welcome)
     (line,) = place.refused

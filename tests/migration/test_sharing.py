@@ -58,7 +58,7 @@ def _files(memory: Memory) -> list[int]:
 def channels() -> Iterator[Channels]:
     one, other = socket.socketpair()
     with Channel(one, Role.SOURCE) as source, Channel(other, Role.DESTINATION) as destination:
-        source.send(Hello("fake", (), False, 1, bytes(16), True))
+        source.send(Hello("fake", (), False, 1, bytes(16), True, False))
         destination.expect(Hello)
         destination.send(Welcome("boot", 1, 1))
         source.expect(Welcome)

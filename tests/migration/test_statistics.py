@@ -28,7 +28,10 @@ def test_two_migrations_do_not_share_their_passes() -> None:
 
 
 def test_status_words_are_those_of_qemu() -> None:
-    words = "none setup active device completed failed cancelling cancelled"
+    words = (
+        "none setup active pre-switchover device postcopy-active postcopy-paused postcopy-recover completed failed "
+        "cancelling cancelled"
+    )
     assert [status.value for status in Status] == words.split()
     assert {status.value for status in ENDED} == {"completed", "failed", "cancelled"}
 

@@ -48,7 +48,7 @@ from dirtylog.migration.messages import MAX_BATCH_PAGES, Failed, Hello, Pages, W
 from dirtylog.migration.tls import Handshakes, TLSStream
 from dirtylog.units import KIB, MIB, PAGE_SIZE
 
-_HELLO: Final = Hello("fake", (), False, 1, bytes(16), False)
+_HELLO: Final = Hello("fake", (), False, 1, bytes(16), False, False)
 _PAGES: Final = Pages(0, np.array([[0, MAX_BATCH_PAGES]], np.int64))
 _RECORD: Final = 16 * KIB
 

@@ -21,7 +21,7 @@ from dirtylog.migration.protocol import Protocol
 
 _THREADS: Final = 4
 _PREAMBLE: Final = Protocol.preamble()
-_HELLO: Final = encode(Hello("another", (), False, 1, bytes(16), False))
+_HELLO: Final = encode(Hello("another", (), False, 1, bytes(16), False, False))
 _SAYINGS: Final = (
     b"",
     b"GET / HTTP/1.1\r\nHost: x\r\n\r\n",

@@ -26,7 +26,10 @@ from dirtylog.migration.messages import (
     Hello,
     Join,
     Joined,
+    Lacking,
     Message,
+    Owed,
+    Page,
     Pages,
     PassDone,
     PassEnd,
@@ -42,7 +45,7 @@ from dirtylog.migration.messages import (
     encode,
 )
 from dirtylog.migration.protocol import Protocol, Role, Stage
-from dirtylog.migration.ram import IncomingRAM
+from dirtylog.migration.ram import IncomingRAM, checked_block
 from dirtylog.units import PAGE_SIZE
 
 BLOCKS: Final = (("ram", 64), ("rom", 3))
@@ -56,7 +59,7 @@ Target = Callable[[bytes], None]
 
 SESSION: Final = bytes(range(16))
 _OPENINGS: Final[tuple[tuple[Message, ...], ...]] = (
-    (Hello("fuzz", (), True, 2, SESSION, False),),
+    (Hello("fuzz", (), True, 2, SESSION, False, False),),
     (Join(SESSION),),
 )
 _ANSWERS: Final[dict[type[Message], tuple[Message, ...]]] = {
@@ -80,7 +83,8 @@ class Stream:
     """
 
     def __init__(self) -> None:
-        self._ram = IncomingRAM([RAMBlock(name, pages * PAGE_SIZE) for name, pages in BLOCKS])
+        self._blocks = [RAMBlock(name, pages * PAGE_SIZE) for name, pages in BLOCKS]
+        self._ram = IncomingRAM(self._blocks)
 
     def __call__(self, data: bytes) -> None:
         """Hear it to its end, or to its first fault."""
@@ -99,6 +103,8 @@ class Stream:
             check(message)
             if isinstance(message, RunTable):
                 rest = self._fill(message, rest)
+            elif isinstance(message, Page):
+                rest = rest[PAGE_SIZE:]
             for answer in _answers(protocol, message):
                 protocol.send(answer)
 
@@ -106,6 +112,9 @@ class Stream:
         """Do what a message says with what follows it; what is left."""
         if isinstance(message, ZeroPages):
             self._ram.zero(message)
+            return rest
+        if isinstance(message, Owed | Lacking):
+            checked_block(self._blocks, message)
             return rest
         size = message.payload_size
         if isinstance(message, EncodedPages):

@@ -102,7 +102,7 @@ class FileOutlet:
             raise UsageError(f"somebody else writes to {self._partial}", remedy="wait, or give another path")
         with self._io():
             os.ftruncate(self._fd, 0)
-        self._hello = Hello("", (), False, 1, bytes(16), False)
+        self._hello = Hello("", (), False, 1, bytes(16), False, False)
         self._layout = Layout(())
         self._number = 0
         self._digests: tuple[bytes, ...] = ()

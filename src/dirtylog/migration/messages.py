@@ -74,7 +74,7 @@ class Hello(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     channels: Annotated[int, msgspec.Meta(ge=1, le=MAX_CHANNELS)]
     session: Session
     shared: bool
-    postcopy: bool = False
+    postcopy: bool
 
 
 class Welcome(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
