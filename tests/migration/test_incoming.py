@@ -10,9 +10,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support.checkpoints import DESTINATION, SHARED_DESTINATION, Checkpoint, Moment, install
 from support.custody import Custody
-from support.fake_machine import FakeMachine
+from support.fake_machine import RAM_PAGES, ROM_PAGES, FakeMachine
 from support.guests import same_memory
 from support.kvm import open_descriptors
+from support.patient_machine import PatientMachine
 from support.streams import (
     PairListener,
     Piece,
@@ -53,6 +54,7 @@ from dirtylog.migration import (
     letting_go,
     parse_address,
 )
+from dirtylog.migration.address import Address
 from dirtylog.migration.messages import (
     HEAD,
     MAGIC,
@@ -73,6 +75,7 @@ from dirtylog.migration.messages import (
     encode,
 )
 from dirtylog.migration.protocol import Role
+from dirtylog.units import PAGE_SIZE
 
 _GREETING = ["preamble", "Hello"]
 _NAMES = [*_GREETING, "ZeroPages", "Pages", "payload", "PassEnd", "Digests", "State", "Handover"]
@@ -190,7 +193,7 @@ _TURNED_AWAY: dict[str, tuple[_Change, str]] = {
     ),
     "another version": (
         _instead("preamble", Piece("preamble", MAGIC + struct.pack("<I", 1))),
-        "the source speaks version 1 of the migration protocol, this side 3",
+        "the source speaks version 1 of the migration protocol, this side 4",
     ),
     "no greeting": (_instead("Hello"), "the source sent ZeroPages when OPENING"),
     "another kind of machine": (
@@ -593,3 +596,71 @@ def test_nobody_else_is_taken_in_while_memory_is_shared(guest: FakeMachine, tmp_
             wait_until(lambda: not path.exists(), "nobody is waited for any more")
         assert isinstance(task.error(), DisconnectedError)
     assert _never_started(guest)
+
+
+class TestPostcopy:
+    """A guest that does not write, all of whose memory comes after the handover unless said otherwise."""
+
+    @staticmethod
+    def _migrate(destination: PatientMachine, address: Address, *, at_once: bool = True) -> None:
+        with fake_machine() as source, closing(Listener(address)) as listener:
+            incoming = IncomingMigration(destination, listener)
+            arriving = Task(incoming.run)
+            outgoing = OutgoingMigration(source, address, Parameters(postcopy=True))
+            if at_once:
+                outgoing.start_postcopy()
+            source.resume()
+            outgoing.run()
+            arriving.join()
+            assert incoming.status is outgoing.status is Status.COMPLETED
+            assert destination.state is RunState.RUNNING
+            size = RAM_PAGES * PAGE_SIZE
+            assert destination.system.read(0, size) == source.system.read(0, size)
+
+    @pytest.fixture
+    def destination(self) -> Iterator[PatientMachine]:
+        machine = PatientMachine()
+        yield machine
+        machine.close()
+        machine.memory.close()
+
+    @pytest.fixture
+    def address(self, tmp_path: Path) -> Address:
+        return parse_address(f"unix:{tmp_path}/x")
+
+    def test_memory_comes_after_the_guest(self, destination: PatientMachine, address: Address) -> None:  # D1
+        self._migrate(destination, address)
+
+    def test_guest_whose_memory_has_all_come_before_it_runs_is_complete(  # D1
+        self, destination: PatientMachine, address: Address
+    ) -> None:
+        read: list[bytes] = []
+
+        def touch_everything() -> None:
+            for base, pages in ((0, RAM_PAGES), (1 << 32, ROM_PAGES)):
+                read.append(destination.system.read(base, pages * PAGE_SIZE))
+
+        destination.while_loading = touch_everything
+        self._migrate(destination, address)
+        assert len(read) == 2
+
+    def test_it_is_not_needed_where_everything_was_sent_before(
+        self, destination: PatientMachine, address: Address
+    ) -> None:
+        self._migrate(destination, address, at_once=False)
+
+    def test_machine_that_cannot_wait_is_refused_and_the_guest_runs_on(self, address: Address) -> None:  # M2
+        with (
+            fake_machine() as source,
+            fake_machine(boot=False) as destination,
+            closing(Listener(address)) as listener,
+        ):
+            incoming = IncomingMigration(destination, listener)
+            arriving = Task(incoming.run)
+            source.resume()
+            with pytest.raises(RefusedError, match="cannot run before all of its memory is there"):
+                OutgoingMigration(source, address, Parameters(postcopy=True)).run()
+            assert arriving.running
+            incoming.abort()
+            assert isinstance(arriving.error(), CancelledError)
+            assert source.state is RunState.RUNNING

@@ -56,6 +56,15 @@ class SetBitmap:
     def indices(self, first: int = 0, count: int | None = None) -> list[int]:
         return sorted(self.bits & set(self._range(first, count)))
 
+    def find(self, first: int) -> int:
+        return min((bit for bit in self.bits if bit >= first), default=self.pages)
+
+    def test_each(self, pages: Iterable[int]) -> list[bool]:
+        return [page in self.bits for page in pages]
+
+    def clear_each(self, pages: Iterable[int]) -> None:
+        self.bits -= set(pages)
+
     def extract(self, first: int = 0, count: int | None = None) -> list[int]:
         pages = self._range(first, count)
         words: list[int] = to_words((page - first for page in pages if page in self.bits), len(pages)).tolist()

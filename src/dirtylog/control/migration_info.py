@@ -167,7 +167,7 @@ def describe(outgoing: OutgoingMigration) -> MigrationInfo:
 
 def _error(outgoing: OutgoingMigration, status: Status) -> str | None:
     if status in (Status.POSTCOPY_PAUSED, Status.POSTCOPY_RECOVER):
-        return str(outgoing.lost)
+        return None if outgoing.lost is None else str(outgoing.lost)
     return str(outgoing.error) if status is Status.FAILED else None
 
 

@@ -34,6 +34,8 @@ _ZERO_AT_ONCE: Final = 512
 """Pages of a hole that are made zero when one of them is touched, at most."""
 _PATIENCE: Final = 30.0
 """Seconds that a thread of ours waits for a page that it asked for."""
+_ASK_AT_ONCE: Final = 64
+"""Pages that such a thread asks for at a time. Were it all it wants, each side could wait until the other reads."""
 
 
 class _AbsentBlock:
@@ -289,7 +291,11 @@ class AbsentRAM:
 
     def _fetch(self, each: _AbsentBlock, offset: int, size: int) -> None:
         """See `RAMBlock.fetch`."""
-        first, end = offset // PAGE_SIZE, -(-(offset + size) // PAGE_SIZE)
+        last = -(-(offset + size) // PAGE_SIZE)
+        for first in range(offset // PAGE_SIZE, last, _ASK_AT_ONCE):
+            self._fetch_some(each, first, min(first + _ASK_AT_ONCE, last))
+
+    def _fetch_some(self, each: _AbsentBlock, first: int, end: int) -> None:
         wanted = [self._want(each, page) for page in range(first, end)]
         if any(wanted):  # none of them is once this was closed
             self.wakeup.set()

@@ -51,6 +51,7 @@ class Arrival:
         observe: told each new status.
 
     Attributes:
+        begun: whether the source said that it owes anything.
         blocktime: how long the guest waited.
         lost: why there is no connection; None while there is.
 
@@ -59,6 +60,7 @@ class Arrival:
     """
 
     def __init__(self, machine: Machine, session: bytes, observe: Callable[[Status], None]) -> None:
+        self.begun = False
         self.lost: DirtylogError | None = None
         self._machine = machine
         self._session = session
@@ -84,6 +86,7 @@ class Arrival:
 
     def begin(self, main: Channel, urgent: Channel, message: Owed) -> State:
         """Take note of what is owed, and have pages fetched from here on; the state, which comes next."""
+        self.begun = True
         following: Message = message
         while isinstance(following, Owed):
             self._ram.owe(following)
@@ -97,7 +100,7 @@ class Arrival:
         return following
 
     def run(self, main: Channel) -> None:
-        """Take the rest.
+        """Take the rest. Once that is here it does not matter whether the source knows.
 
         Raises:
             CancelledError: `abort` was called.
@@ -109,13 +112,21 @@ class Arrival:
                     self._take(main)
                     return
                 except PeerError as error:
+                    if not self.pages:
+                        return
                     self.lost = error
             main = self._reconnected()
             self.lost = None
 
     def recover(self, listener: Listener) -> None:
-        """Wait for the source elsewhere, after the connection was lost. The listener is owned here from now on."""
-        self._listeners.put(listener)
+        """Wait for the source elsewhere, after the connection was lost, and there only.
+
+        The listener is owned here from now on.
+        """
+        with self._lock:
+            self._listeners.put(listener)
+            if isinstance(self._current, Reception):
+                self._current.abort()
 
     def pause(self) -> None:
         """Cut the connection."""
@@ -169,7 +180,7 @@ class Arrival:
         """What `abort` is to end from now on."""
         with self._lock:
             self._current = current
-            if self._aborted:
+            if self._aborted or (isinstance(current, Reception) and not self._listeners.empty()):
                 current.abort()
 
     def _take(self, main: Channel) -> None:
@@ -204,8 +215,12 @@ class Arrival:
             listener = self._listeners.get()
             if listener is None:
                 raise CancelledError("the rest of the guest's memory was not waited for")
-            with Reception(listener, self._judge) as reception:
-                return self._resumed(reception)
+            try:
+                with Reception(listener, self._judge) as reception:
+                    return self._resumed(reception)
+            except CancelledError:
+                if self._aborted:
+                    raise
 
     def _judge(self, channel: Channel, message: Message) -> None:
         """Let nobody in but the source."""

@@ -35,11 +35,14 @@ class Blocktime:
         self._all_blocked_since = 0.0
 
     def begin(self, block: int, page: int, thread: int) -> None:
-        """Somebody waits for a page from now on."""
+        """Somebody waits for a page from now on. Who is interrupted in it may say so again."""
         now, vcpu = time.monotonic(), self._index.get(thread)
         with self._lock:
+            waiting = self._waiting.setdefault((block, page), [])
+            if vcpu is not None and any(vcpu == other for _, other in waiting):
+                return
             self.requests += 1
-            self._waiting.setdefault((block, page), []).append((now, vcpu))
+            waiting.append((now, vcpu))
             if vcpu is not None:
                 self._blocked_now.add(vcpu)
                 if len(self._blocked_now) == len(self._index):

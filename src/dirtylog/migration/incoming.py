@@ -210,7 +210,7 @@ class IncomingMigration:
             with contextlib.suppress(DisconnectedError):
                 channel.send(Taken())
             self._machine.release(RunState.RUNNING if state.running else RunState.PAUSED)
-            if self._arrival is not None and self._arrival.pages:
+            if self._arrival is not None and self._arrival.begun:
                 self._arrival.run(channel)
         self._observe(Status.COMPLETED)
 

@@ -122,9 +122,14 @@ class OutgoingMigration:
     def cancel(self) -> bool:
         """Ask it to stop, and to leave the guest where it is.
 
+        Postcopy whose connection is lost is given up instead: the guest stays stopped here.
+
         Returns:
             Whether it will: not if it has ended, or has let go of the guest already.
         """
+        if self._postcopy is not None and self.status is Status.POSTCOPY_PAUSED:
+            self._postcopy.give_up()
+            return True
         with self._lock:
             if self._letting_go.custody is not Custody.MINE or self.ended:
                 return False

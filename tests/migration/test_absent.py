@@ -1,0 +1,352 @@
+import select
+from collections.abc import Iterator
+from contextlib import ExitStack
+
+import numpy as np
+import pytest
+from support.connected import Ends, connected
+from support.require import require
+from support.touching import Touch
+from support.waiting import Task, wait_until
+
+from dirtylog.errors import HostError, ProtocolError
+from dirtylog.linux.mapping import MemfdMapping
+from dirtylog.linux.missing import MissingFaults
+from dirtylog.memory import Memory, RAMBlock
+from dirtylog.migration import absent as absent_module
+from dirtylog.migration.absent import AbsentRAM
+from dirtylog.migration.blocktime import Blocktime
+from dirtylog.migration.messages import MAX_BATCH_PAGES, Lacking, Owed, Pages, Request, Runs, ZeroPages
+from dirtylog.migration.protocol import Stage
+from dirtylog.units import PAGE_SIZE
+
+_SIZES = (1200, 8)
+_STALE = 0xEE
+"""What all of memory holds before some of it is owed."""
+
+
+def _runs(*runs: tuple[int, int]) -> Runs:
+    return np.array(runs, np.int64).reshape(-1, 2)
+
+
+class Destination:
+    """Two blocks, and a source's connection."""
+
+    def __init__(self, stack: ExitStack) -> None:
+        self.memory = Memory()
+        stack.callback(self.memory.close)
+        root = self.memory.container("root")
+        for index, pages in enumerate(_SIZES):
+            root.add(self.memory.ram(f"ram{index}", pages * PAGE_SIZE), index << 32)
+        self.system = self.memory.address_space("system", root)
+        self.blocks = tuple(self.memory.blocks.values())
+        for block in self.blocks:
+            block.array[:] = _STALE
+        try:
+            faults = MissingFaults()
+        except HostError as error:
+            require("userfaultfd", False, str(error))
+            raise
+        self.blocktime = Blocktime(())
+        self.ram = AbsentRAM(self.blocks, faults, self.blocktime)
+        stack.callback(self.ram.close)
+        self.ends: Ends = stack.enter_context(connected(Stage.SERVING))
+        self._buffer = np.empty(MAX_BATCH_PAGES * PAGE_SIZE, np.uint8)
+
+    def owe(self, block: int, *runs: tuple[int, int]) -> None:
+        self.ram.owe(Owed(block, _runs(*runs)))
+
+    def send(self, block: int, *runs: tuple[int, int]) -> None:
+        """Have pages come, each holding its number."""
+        message = Pages(block, _runs(*runs))
+        contents = np.repeat(message.numbers.astype(np.uint8), PAGE_SIZE)
+        self.ends.source.send(message, [contents.data])
+        received = self.ends.destination.expect(Pages)
+        self.ram.receive(self.ends.destination, received, self._buffer)
+
+    def touch(self, block: int, page: int) -> Touch:
+        mapping = self.blocks[block].mapping
+        assert isinstance(mapping, MemfdMapping)
+        return Touch(mapping, page * PAGE_SIZE)
+
+    def wait_for_requests(self, number: int = 1) -> list[Request]:
+        found: list[Request] = []
+
+        def enough() -> bool:
+            found.extend(self.ram.requests())
+            return len(found) >= number
+
+        wait_until(enough, f"{number} pages were asked for")
+        return found
+
+    def serve_until_got(self, touch: Touch) -> bytes:
+        """What it reads, which nobody is to be asked for."""
+        wait_until(lambda: self.ram.requests() or not touch.waits, "it got what it read")
+        assert not touch.waits, "the source was asked"
+        return touch.result()
+
+    def is_hole(self, block: int, page: int) -> bool:
+        start = page * PAGE_SIZE
+        return self.blocks[block].mapping.next_data(start, start + PAGE_SIZE) > start
+
+
+@pytest.fixture
+def there() -> Iterator[Destination]:
+    with ExitStack() as stack:
+        yield Destination(stack)
+
+
+def _byte(block: RAMBlock, page: int) -> int:
+    return int(block.array[page * PAGE_SIZE])
+
+
+def test_what_is_owed_is_given_up_and_nothing_else(there: Destination) -> None:
+    there.owe(0, (3, 2), (1199, 1))
+    there.owe(1, (0, 8))
+    assert there.ram.pages == 11
+    assert [page for page in range(_SIZES[0]) if there.is_hole(0, page)] == [3, 4, 1199]
+    assert all(there.is_hole(1, page) for page in range(8))
+    assert _byte(there.blocks[0], 5) == _STALE
+
+
+@pytest.mark.parametrize(
+    ("block", "runs", "cause"),
+    [
+        (2, [(0, 1)], "pages of block 2 of 2"),
+        (1, [(8, 1)], "page 8 of block 'ram1', which has 8"),
+        (1, [(0, 1), (7, 2)], "page 8 of block 'ram1'"),
+        (0, [(4, 1)], "owes page 4 or one of the 0 after it twice"),
+        (0, [(0, 1), (1, 10)], "owes page 1 or one of the 9 after it twice"),
+    ],
+)
+def test_owing_what_is_not_there_or_is_owed_already_is_refused(  # M5
+    there: Destination, block: int, runs: list[tuple[int, int]], cause: str
+) -> None:
+    there.owe(0, (4, 1))
+    with pytest.raises(ProtocolError, match=cause):
+        there.owe(block, *runs)
+
+
+def test_who_touches_an_owed_page_waits_for_it_and_asks_once(there: Destination) -> None:  # D1
+    there.owe(0, (3, 2))
+    there.ram.begin()
+    touches = [there.touch(0, 3), there.touch(0, 3)]
+    assert there.wait_for_requests() == [Request(0, 3)]
+    wait_until(lambda: there.ram.requests() or there.blocktime.requests == 2, "both wait")
+    assert all(touch.waits for touch in touches)
+    there.send(0, (3, 1))
+    assert [touch.result() for touch in touches] == [b"\3", b"\3"]
+    assert there.ram.pages == 1
+    assert len(there.blocktime.latencies) == 2
+
+
+def test_who_touches_what_is_there_does_not_wait(there: Destination) -> None:
+    there.owe(0, (3, 2))
+    there.ram.begin()
+    assert there.touch(0, 5).result() == bytes([_STALE])
+    there.send(0, (3, 1))
+    assert there.touch(0, 3).result() == b"\3"
+
+
+def test_hole_that_is_not_owed_reads_as_zeros(there: Destination) -> None:  # M4
+    there.blocks[0].mapping.punch(100 * PAGE_SIZE, 1100 * PAGE_SIZE)
+    there.owe(0, (150, 1))
+    there.ram.begin()
+    assert there.serve_until_got(there.touch(0, 120)) == b"\0"
+    assert [page for page in range(100, 150) if not there.is_hole(0, page)] == list(range(120, 150))
+    assert there.is_hole(0, 150)  # what is owed stays absent
+    assert there.serve_until_got(there.touch(0, 151)) == b"\0"
+    assert not there.is_hole(0, 151 + absent_module._ZERO_AT_ONCE - 1)
+    assert there.is_hole(0, 151 + absent_module._ZERO_AT_ONCE)
+    assert there.ram.pages == 1
+
+
+def test_hole_is_filled_up_to_what_is_there(there: Destination) -> None:
+    there.blocks[0].mapping.punch(100 * PAGE_SIZE, 5 * PAGE_SIZE)
+    there.owe(0, (0, 1))
+    there.ram.begin()
+    assert there.serve_until_got(there.touch(0, 102)) == b"\0"
+    assert [page for page in range(100, 106) if there.is_hole(0, page)] == [100, 101]
+    assert _byte(there.blocks[0], 105) == _STALE
+
+
+def test_block_of_which_nothing_is_owed_is_left_alone(there: Destination) -> None:
+    there.owe(1, (0, 1))
+    there.blocks[0].mapping.punch(0, PAGE_SIZE)
+    there.ram.begin()
+    assert there.touch(0, 0).result() == b"\0"
+    assert there.ram.requests() == []
+    assert there.blocks[0].fetch is None
+
+
+def test_zero_page_wakes_who_waits_for_it(there: Destination) -> None:  # M4
+    there.owe(0, (3, 1000))
+    there.ram.begin()
+    touch = there.touch(0, 700)
+    there.wait_for_requests()
+    there.ram.zero(ZeroPages(0, _runs((3, 1000))))
+    assert touch.result() == b"\0"
+    assert there.ram.pages == 0
+    assert there.is_hole(0, 3)  # nobody has touched it
+    assert there.serve_until_got(there.touch(0, 3)) == b"\0"
+    assert len(there.blocktime.latencies) == 1
+
+
+@pytest.mark.parametrize(
+    ("block", "runs", "cause"),
+    [
+        (2, [(0, 1)], "pages of block 2 of 2"),
+        (1, [(8, 1)], "page 8 of block 'ram1'"),
+        (1, [(0, 1)], "pages of block 'ram1' that it does not owe"),
+        (0, [(2, 2)], "that it does not owe"),
+        (0, [(3, 1), (5, 1)], "that it does not owe"),
+    ],
+)
+@pytest.mark.parametrize("zero", [False, True])
+def test_page_that_is_not_owed_is_refused_and_changes_nothing(  # M5
+    there: Destination, block: int, runs: list[tuple[int, int]], cause: str, zero: bool
+) -> None:
+    there.owe(0, (3, 2))
+    there.ram.begin()
+    with pytest.raises(ProtocolError, match=cause):
+        there.ram.zero(ZeroPages(block, _runs(*runs))) if zero else there.send(block, *runs)
+    assert there.ram.pages == 2
+    assert there.is_hole(0, 3)
+    assert _byte(there.blocks[0], 2) == _byte(there.blocks[1], 0) == _STALE
+
+
+@pytest.mark.parametrize("zero", [False, True])
+def test_page_that_comes_twice_is_refused(there: Destination, zero: bool) -> None:  # M5
+    there.owe(0, (3, 2))
+    there.ram.begin()
+    there.send(0, (3, 1))
+    with pytest.raises(ProtocolError, match="that it does not owe"):
+        there.ram.zero(ZeroPages(0, _runs((3, 2)))) if zero else there.send(0, (3, 2))
+    assert _byte(there.blocks[0], 3) == 3
+    assert there.ram.pages == 1
+
+
+def test_page_that_came_from_elsewhere_is_refused(there: Destination) -> None:  # M5
+    """Two connections could bring one page at the same time."""
+    there.owe(0, (3, 2))
+    there.ram.begin()
+    there.ram._faults.zero(there.blocks[0].mapping.address + 4 * PAGE_SIZE, PAGE_SIZE)
+    with pytest.raises(ProtocolError, match="a page from 3 on of block 'ram0' was here before it came"):
+        there.send(0, (3, 2))
+
+
+def test_what_is_lacking_is_what_is_owed_and_has_not_come(there: Destination, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dirtylog.migration.owed.MAX_RUNS", 2)
+    there.owe(0, (3, 7))
+    there.owe(1, (0, 1))
+    there.ram.begin()
+    there.send(0, (4, 1), (6, 1))
+    assert list(there.ram.lacking()) == [
+        Lacking(0, _runs((3, 1), (5, 1))),
+        Lacking(0, _runs((7, 3))),
+        Lacking(1, _runs((0, 1))),
+    ]
+
+
+def test_what_was_asked_for_and_has_not_come_is_asked_for_again(there: Destination) -> None:
+    there.owe(0, (3, 7))
+    there.ram.begin()
+    touches = [there.touch(0, page) for page in (3, 5, 8)]
+    there.wait_for_requests(3)
+    there.send(0, (5, 1))
+    assert there.ram.requests() == []
+    there.ram.ask_again()
+    assert there.ram.requests() == [Request(0, 3), Request(0, 8)]
+    assert there.ram.requests() == []
+    there.send(0, (3, 1), (8, 1))
+    assert [touch.result() for touch in touches] == [b"\3", b"\5", b"\x08"]
+
+
+class TestHost:
+    """Accesses by threads of the process, which hold the interpreter's lock."""
+
+    def test_read_asks_first_and_waits(self, there: Destination) -> None:
+        there.owe(0, (3, 2))
+        there.ram.begin()
+        data = bytearray()
+        reading = Task(lambda: data.extend(there.system.read(4 * PAGE_SIZE - 1, 2 * PAGE_SIZE)))
+        assert there.wait_for_requests(2) == [Request(0, 3), Request(0, 4)]
+        there.send(0, (4, 1))
+        assert reading.running
+        there.send(0, (3, 1))
+        reading.join()
+        assert bytes(data) == b"\3" + b"\4" * PAGE_SIZE + bytes([_STALE]) * (PAGE_SIZE - 1)
+
+    def test_descriptor_tells_that_it_asks(self, there: Destination) -> None:
+        there.owe(0, (3, 1))
+        there.ram.begin()
+        reading = Task(lambda: there.system.read(3 * PAGE_SIZE, 1))
+        wait_until(lambda: select.select([there.ram.wakeup], [], [], 0)[0], "it asks")
+        assert there.ram.requests() == [Request(0, 3)]
+        there.send(0, (3, 1))
+        reading.join()
+
+    def test_write_comes_after_what_is_owed(self, there: Destination) -> None:  # D1
+        there.owe(0, (3, 1))
+        there.ram.begin()
+        writing = Task(lambda: there.system.write(3 * PAGE_SIZE + 1, b"new"))
+        there.wait_for_requests()
+        there.send(0, (3, 1))
+        writing.join()
+        assert there.system.read(3 * PAGE_SIZE, 5) == b"\3new\3"
+
+    def test_hole_that_is_not_owed_is_filled_at_once(self, there: Destination) -> None:
+        there.blocks[0].mapping.punch(0, 20 * PAGE_SIZE)
+        there.owe(0, (20, 1))
+        there.ram.begin()
+        assert there.system.read(0, 20 * PAGE_SIZE) == bytes(20 * PAGE_SIZE)
+        assert there.system.read(21 * PAGE_SIZE, 1) == bytes([_STALE])
+        assert there.ram.requests() == []
+
+    def test_long_read_asks_for_a_part_at_a_time(self, there: Destination) -> None:
+        there.owe(0, (0, 100))
+        there.ram.begin()
+        reading = Task(lambda: there.system.read(0, 100 * PAGE_SIZE))
+        most = absent_module._ASK_AT_ONCE
+        assert there.wait_for_requests(most) == [Request(0, page) for page in range(most)]
+        there.send(0, (0, most))
+        assert there.wait_for_requests(100 - most) == [Request(0, page) for page in range(most, 100)]
+        there.send(0, (most, 100 - most))
+        reading.join()
+
+    def test_read_of_what_does_not_come_fails_in_the_end(
+        self, there: Destination, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(absent_module, "_PATIENCE", 0.05)
+        there.owe(0, (3, 1))
+        there.ram.begin()
+        with pytest.raises(HostError, match="memory of the guest has not arrived here") as caught:
+            there.system.read(3 * PAGE_SIZE, 1)
+        assert "see what became of the source" in str(caught.value.remedy)
+
+
+def test_it_is_complete_when_nothing_is_owed(there: Destination) -> None:
+    there.owe(0, (3, 2))
+    there.owe(1, (0, 1))
+    there.ram.begin()
+    assert not there.ram.wait_complete(0)
+    there.send(0, (3, 2))
+    assert not there.ram.wait_complete(0)
+    waiting = Task(lambda: there.ram.wait_complete(30))
+    there.ram.zero(ZeroPages(1, _runs((0, 1))))
+    waiting.join()
+    assert there.ram.wait_complete(0)
+    assert there.ram.pages == 0
+    assert list(there.ram.lacking()) == []
+
+
+def test_close_lets_who_waits_go_on_with_zeros_and_closes_again(there: Destination) -> None:
+    there.owe(0, (3, 2))
+    there.ram.begin()
+    touch = there.touch(0, 3)
+    there.wait_for_requests()
+    there.ram.close()
+    there.ram.close()
+    assert touch.result() == b"\0"
+    assert there.blocks[0].fetch is None
+    assert there.system.read(4 * PAGE_SIZE, 1) == b"\0"
