@@ -92,6 +92,36 @@ def test_every_alignment_of_a_range_agrees_with_the_oracle(bits: set[int]) -> No
         assert to_bits(bitmap.words) == oracle.bits
 
 
+@pytest.mark.parametrize("bits", [set(), set(range(200)), {0}, {63, 64, 127, 128, 199}, {70}, {199}])
+def test_search_from_every_page_agrees_with_the_oracle(bits: set[int]) -> None:  # W4
+    bitmap, oracle = filled(200, bits)
+    assert [bitmap.find(first) for first in range(201)] == [oracle.find(first) for first in range(201)]
+
+
+@given(pages=st.integers(0, 260), bits=some_bits, some=some_bits)
+def test_pages_one_by_one_agree_with_the_oracle(pages: int, bits: set[int], some: set[int]) -> None:  # W1
+    bitmap, oracle = filled(pages, bits)
+    numbers = np.array(sorted(page for page in some if page < pages), np.int64)
+
+    assert bitmap.test_each(numbers).tolist() == oracle.test_each(numbers.tolist())
+    assert to_bits(bitmap.words) == oracle.bits
+
+    bitmap.clear_each(numbers)
+    oracle.clear_each(numbers.tolist())
+    assert to_bits(bitmap.words) == oracle.bits
+
+
+def test_page_named_twice_is_cleared_once() -> None:
+    bitmap, _ = filled(200, {3, 4, 70})
+    bitmap.clear_each(np.array([70, 3, 3], np.int64))
+    assert to_bits(bitmap.words) == {4}
+
+
+def test_search_past_the_end_is_refused() -> None:
+    with pytest.raises(UsageError, match="not in a bitmap of 200"):
+        PageBitmap(200).find(201)
+
+
 class Twins:
     """A bitmap and its oracle, given the same operations."""
 
@@ -124,6 +154,7 @@ class Twins:
         assert self.fast.runs(first, count).tolist() == self.slow.runs(first, count)
         assert self.fast.extract(first, count).tolist() == self.slow.extract(first, count)
         assert self.fast.indices(first, count).tolist() == self.slow.indices(first, count)
+        assert self.fast.find(first) == self.slow.find(first)
         if count:
             assert self.fast.test(first) == (first in self.slow.bits)
 

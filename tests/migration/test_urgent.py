@@ -1,0 +1,115 @@
+from collections.abc import Iterator
+from contextlib import ExitStack
+
+import pytest
+from support.connected import Ends, connected
+from support.waiting import wait_until
+
+from dirtylog.errors import DirtylogError, DisconnectedError, ProtocolError
+from dirtylog.memory import Memory
+from dirtylog.migration.messages import Pages, PassDone, Request, ZeroPages
+from dirtylog.migration.owed import OwedPages
+from dirtylog.migration.protocol import Stage
+from dirtylog.migration.ram import DirtyRAM
+from dirtylog.migration.sender import Sent
+from dirtylog.migration.statistics import Statistics
+from dirtylog.migration.urgent import Tally, UrgentLane
+from dirtylog.units import MIB, PAGE_SIZE
+
+_DATA = 3
+"""The one page that holds data."""
+
+
+class Answering:
+    """A lane that owes all of a block, and the destination's ends of both channels."""
+
+    def __init__(self, stack: ExitStack) -> None:
+        memory = Memory()
+        stack.callback(memory.close)
+        region = memory.ram("ram", MIB)
+        assert region.block is not None
+        region.block.array[_DATA * PAGE_SIZE : (_DATA + 1) * PAGE_SIZE] = 0xDA
+        self.statistics = Statistics(remaining_pages=region.block.pages)
+        self.owed = OwedPages([DirtyRAM(0, region, region.block, MIB)])
+        self.tally = Tally(self.statistics)
+        self.main: Ends = stack.enter_context(connected(Stage.SERVING))
+        self.urgent: Ends = stack.enter_context(connected(Stage.SIDE))
+        self.lane = UrgentLane(self.urgent.source, self.owed, self.tally, self.main.source)
+        stack.callback(self.lane.close)
+
+    def ask(self, page: int) -> None:
+        self.urgent.destination.send(Request(0, page))
+
+    def failure(self) -> DirtylogError:
+        """What ended it; the main channel is cut by then."""
+        with pytest.raises(DisconnectedError):
+            self.main.source.expect(PassDone)
+        with pytest.raises(DirtylogError) as caught:
+            self.lane.check()
+        return caught.value
+
+
+@pytest.fixture
+def answering() -> Iterator[Answering]:
+    with ExitStack() as stack:
+        yield Answering(stack)
+
+
+def test_page_with_contents_is_sent(answering: Answering) -> None:
+    answering.ask(_DATA)
+    message = answering.urgent.destination.expect(Pages)
+    assert (message.block, message.runs.tolist()) == (0, [[_DATA, 1]])
+    contents = bytearray(PAGE_SIZE)
+    answering.urgent.destination.receive_into([memoryview(contents)])
+    assert contents == b"\xda" * PAGE_SIZE
+
+
+def test_page_that_is_a_hole_is_said_to_be_zero(answering: Answering) -> None:
+    answering.ask(5)
+    assert answering.urgent.destination.expect(ZeroPages).runs.tolist() == [[5, 1]]
+
+
+def test_page_that_was_sent_is_not_sent_again(answering: Answering) -> None:
+    for page in (5, 5, 6):
+        answering.ask(page)
+    sent = [answering.urgent.destination.expect(ZeroPages).runs.tolist() for _ in range(2)]
+    assert sent == [[[5, 1]], [[6, 1]]]
+
+
+def test_what_is_sent_is_counted(answering: Answering) -> None:
+    for page in (5, 5, _DATA):
+        answering.ask(page)
+    statistics = answering.statistics
+    wait_until(lambda: statistics.postcopy_requests == 2, "both were counted")
+    assert statistics.remaining_pages == MIB // PAGE_SIZE - 2
+    assert (statistics.passes[-1].pages, statistics.passes[-1].zero_pages) == (1, 1)
+    assert statistics.postcopy_bytes == statistics.passes[-1].bytes > PAGE_SIZE
+    assert answering.tally.number == statistics.passes[-1].number == 1
+
+
+def test_what_is_sent_unasked_is_no_request(answering: Answering) -> None:
+    batch = answering.owed.answer(Request(0, 5))
+    assert batch is not None
+    answering.tally.count(batch, Sent(bytes=10))
+    answering.tally.took(1.5)
+    assert (answering.statistics.postcopy_requests, answering.statistics.postcopy_bytes) == (0, 10)
+    assert answering.statistics.passes[-1].seconds == 1.5
+
+
+def test_page_that_is_not_there_ends_it_and_the_main_channel(answering: Answering) -> None:  # M5
+    answering.ask(MIB // PAGE_SIZE)
+    error = answering.failure()
+    assert isinstance(error, ProtocolError)
+    assert "asks for page 256 of block 0" in error.cause
+
+
+def test_lost_connection_ends_the_main_channel(answering: Answering) -> None:
+    answering.urgent.destination.abort()
+    assert isinstance(answering.failure(), DisconnectedError)
+
+
+def test_close_is_no_failure_and_closes_again(answering: Answering) -> None:
+    answering.lane.close()
+    answering.lane.close()
+    answering.lane.check()
+    answering.main.source.check_quiet()
