@@ -858,3 +858,62 @@ class TestAsInQEMU:
         folder = tmp_path_factory.mktemp("pair")
         with serve(folder / "qmp", "fake") as served, _qemu(folder / "qemu", "-S") as peer:
             yield served.peer, peer
+
+
+class TestPostcopy:
+    """Commands about a guest that runs before its memory is there."""
+
+    @staticmethod
+    def _switch_on(peer: Peer, *names: str) -> None:
+        peer.execute("migrate-set-capabilities", capabilities=[{"capability": one, "state": True} for one in names])
+
+    def test_commands_without_such_a_migration_are_refused(self, fake: Served) -> None:
+        for command, arguments, cause in (
+            ("migrate-start-postcopy", {}, "there is no migration to be handed over"),
+            ("migrate-continue", {"state": "pre-switchover"}, "there is no migration to be continued"),
+            ("migrate-pause", {}, "there is no migration to be paused"),
+            ("migrate-recover", {"uri": "unix:x"}, "no migration to here can be recovered"),
+            ("migrate", {"uri": "unix:x", "resume": True}, "there is no migration to be resumed"),
+        ):
+            error = fake.peer.refused(command, **arguments)
+            assert (error.error_class, cause in str(error)) == ("GenericError", True), str(error)
+
+    def test_precopy_can_be_neither_handed_over_early_nor_paused(self, fake: Served, silent: None, uri: str) -> None:
+        fake.peer.execute("migrate", uri=uri)
+        for command, arguments, cause in (
+            ("migrate-start-postcopy", {}, "cannot hand its guest over before all of its memory"),
+            ("migrate-continue", {"state": "pre-switchover"}, "does not wait before its switchover"),
+            ("migrate-pause", {}, "only postcopy can be paused"),
+            ("migrate", {"uri": uri, "resume": True}, "only postcopy that was paused can be resumed"),
+        ):
+            assert cause in str(fake.peer.refused(command, **arguments))
+
+    def test_other_state_than_the_one_that_waits_cannot_be_continued(self, fake: Served) -> None:
+        assert "invalid parameter" in str(fake.peer.refused("migrate-continue", state="device"))
+
+    def test_guest_waits_stopped_before_the_switchover_until_told_to_go_on(
+        self, served: Served, destination: Served, uri: str
+    ) -> None:
+        self._switch_on(served.peer, "pause-before-switchover")
+        served.peer.execute("cont")
+        wait_for_rounds(served.guest)
+        served.peer.execute("migrate", uri=uri)
+        wait_until(lambda: served.peer.migration()["status"] == "pre-switchover", "it waits")
+        assert served.peer.execute("query-status") == {"running": False, "status": "finish-migrate"}
+        served.peer.execute("migrate-continue", state="pre-switchover")
+        served.peer.wait_migrated()
+        wait_until(lambda: destination.guest.state is RunState.RUNNING, "the guest arrived")
+        check_runs_on(destination.guest)
+
+    def test_cancel_before_the_switchover_lets_the_guest_run_on(  # M2
+        self, served: Served, destination: Served, uri: str
+    ) -> None:
+        self._switch_on(served.peer, "pause-before-switchover")
+        served.peer.execute("cont")
+        wait_for_rounds(served.guest)
+        served.peer.execute("migrate", uri=uri)
+        wait_until(lambda: served.peer.migration()["status"] == "pre-switchover", "it waits")
+        served.peer.execute("migrate_cancel")
+        served.peer.wait_migrated("cancelled")
+        check_runs_on(served.guest)
+        destination.failures.clear()
