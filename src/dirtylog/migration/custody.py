@@ -28,17 +28,17 @@ class Event(Enum):
     HANDOVER = auto()
     """The source lets go: it says so; the destination hears it."""
     NOT_SAID = auto()
-    """Nothing of what the source wanted to say has left."""
+    """The source could not say it, or not whole."""
     TAKEN = auto()
     """The source hears that the destination starts the guest."""
     REFUSED = auto()
     """The source hears that the destination never will."""
     LOST = auto()
-    """The connection ended, or broke the protocol."""
+    """The connection ended, or the other side broke the protocol."""
     GONE = auto()
     """The destination's process has ended, and all it ever said was read."""
     GIVEN_UP = auto()
-    """The destination's operator, or a defect, ends it before it was told anything."""
+    """The destination's operator ends it, or its host or a defect does."""
 
 
 SOURCE: Final = {
@@ -61,5 +61,9 @@ DESTINATION: Final = {
     (Custody.THEIRS, Event.LOST): Custody.NEVER,
     (Custody.THEIRS, Event.GIVEN_UP): Custody.NEVER,
     (Custody.MINE, Event.LOST): Custody.MINE,
+    (Custody.MINE, Event.GIVEN_UP): Custody.MINE,
+    (Custody.NEVER, Event.HANDOVER): Custody.NEVER,
+    (Custody.NEVER, Event.LOST): Custody.NEVER,
+    (Custody.NEVER, Event.GIVEN_UP): Custody.NEVER,
 }
 """A destination begins with a guest that is `Custody.THEIRS`."""

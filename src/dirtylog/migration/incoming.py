@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 
 from dirtylog.errors import (
-    CancelledError,
     DirtylogError,
     DisconnectedError,
     ProtocolError,
@@ -21,6 +20,7 @@ from dirtylog.migration.agreement import check_fits
 from dirtylog.migration.arrival import Arrival, check_machine
 from dirtylog.migration.blocktime import Blocktime
 from dirtylog.migration.channel import HANDSHAKE_TIMEOUT, Channel
+from dirtylog.migration.custody import Custody, Event
 from dirtylog.migration.digest import block_digest
 from dirtylog.migration.filler import Filler, SideFiller
 from dirtylog.migration.listener import Listener
@@ -36,13 +36,13 @@ from dirtylog.migration.messages import (
     PassDone,
     Ready,
     State,
-    Taken,
     Welcome,
 )
 from dirtylog.migration.prepare import Preparer
 from dirtylog.migration.ram import IncomingRAM
 from dirtylog.migration.reception import Reception
 from dirtylog.migration.statistics import Status
+from dirtylog.migration.taking_over import TakingOver
 
 
 class IncomingMigration:
@@ -72,7 +72,7 @@ class IncomingMigration:
         self._digests: tuple[bytes, ...] = ()
         self._verify_ns = 0
         self._lock = threading.Lock()
-        self._aborted = False
+        self._taking_over = TakingOver()
         self._channels: list[Channel] = []
         self._preparer = Preparer(self._blocks, self._ram.ready)
         self._arrival: Arrival | None = None
@@ -81,7 +81,7 @@ class IncomingMigration:
     def abort(self) -> None:
         """Make `run` give up, unless the guest was handed over already."""
         with self._lock:
-            self._aborted = True
+            self._taking_over.note(Event.GIVEN_UP)
             if self._reception is not None:
                 self._reception.abort()
             for channel in self._channels:
@@ -154,7 +154,7 @@ class IncomingMigration:
     def _open_reception(self) -> Reception:
         with self._lock:
             self._reception = Reception(self._listener, self._judge)
-            if self._aborted:
+            if self._taking_over.custody is Custody.NEVER:
                 self._reception.abort()
             return self._reception
 
@@ -184,14 +184,17 @@ class IncomingMigration:
     def _adopt(self, channel: Channel) -> None:
         with self._lock:
             self._channels.append(channel)
-            if self._aborted:
+            if self._taking_over.custody is Custody.NEVER:
                 channel.abort()
 
     def _converse(self, channel: Channel, hello: Hello, reception: Reception) -> None:
         try:
             self._receive(channel, hello, reception)
-        except DirtylogError as error:
-            channel.give_up(error)
+        except BaseException as error:
+            with self._lock:
+                self._taking_over.fail(error)
+            if isinstance(error, DirtylogError):
+                channel.give_up(error)
             raise
 
     def _receive(self, channel: Channel, hello: Hello, reception: Reception) -> None:
@@ -206,9 +209,7 @@ class IncomingMigration:
                 state = self._receive_shared(channel)
             else:
                 state = self._receive_copied(channel, hello, reception, stack)
-            # The source has let go for good: if it is gone by now, the guest runs here all the same.
-            with contextlib.suppress(DisconnectedError):
-                channel.send(Taken())
+            self._taking_over.confirm(channel)
             self._machine.release(RunState.RUNNING if state.running else RunState.PAUSED)
             if self._arrival is not None and self._arrival.begun:
                 self._arrival.run(channel)
@@ -250,8 +251,7 @@ class IncomingMigration:
         channel.send(Ready(self._digests, self._verify_ns))
         channel.expect(Handover)
         with self._lock:
-            if self._aborted:  # the source can hear no Taken any more: it must not find that the guest ran here
-                raise CancelledError("waiting for a migration was cancelled")
+            self._taking_over.take()
             self._channels.clear()
         return state
 
