@@ -79,6 +79,7 @@ class Script:
         registry.add("migrate-set-capabilities", CapabilitiesArguments, self._set_capabilities)
         registry.add("migrate", MigrateArguments, self._migrate)
         registry.add("query-migrate", NoArguments, self._query)
+        registry.add("migrate-start-postcopy", NoArguments, lambda _: self.commands.append("migrate-start-postcopy"))
         registry.add("migrate_cancel", NoArguments, self._cancel)
         registry.add("query-status", NoArguments, lambda _: StatusInfo(self.state == "running", self.state))
         self.server = QMPServer(path, registry)
@@ -92,7 +93,7 @@ class Script:
         self.capabilities |= {one.capability: one.state for one in arguments.capabilities}
 
     def _migrate(self, arguments: MigrateArguments) -> None:
-        self.commands.append(f"migrate {arguments.uri}")
+        self.commands.append(f"migrate {arguments.uri}" + (" resume" if arguments.resume else ""))
         if self.refusal is not None:
             raise self.refusal
         self._begun = True
@@ -142,6 +143,7 @@ _DEFAULTS: Final = MigrationParameters(
     xbzrle_cache_size=64 * MIB,
     x_clear_chunk=128 * MIB,
     x_verify=False,
+    x_postcopy_after=0,
 )
 
 
@@ -166,6 +168,7 @@ class TestParameters:
             (["--auto-converge"], {}),
             (["--dirty-limit", "50M"], {"vcpu_dirty_limit": 50}),
             (["--dirty-limit", "1M/s"], {"vcpu_dirty_limit": 1}),
+            (["--postcopy-after", "3"], {"x_postcopy_after": 3}),
         ],
     )
     def test_options_set_them(
@@ -178,6 +181,7 @@ class TestParameters:
             "xbzrle": expected.get("xbzrle_cache_size") is not UNSET,
             "auto-converge": "--auto-converge" in options,
             "dirty-limit": "--dirty-limit" in options,
+            "postcopy-ram": "--postcopy-after" in options,
         }
         assert script.commands == ["migrate-set-parameters", "migrate-set-capabilities", f"migrate {_URI}"]
 
@@ -485,3 +489,34 @@ class TestWithGuests:
         (error,) = capsys.readouterr().err.splitlines()
         assert error.startswith("dirtylog: error: the migration failed, the guest is running on the source: ")
         assert f"start it there with 'dirtylog run --incoming unix:{tmp_path}/m'" in error
+
+
+class TestPostcopy:
+    def test_guest_is_handed_over_at_once(self, script: Script, run: RunMigrate) -> None:
+        assert run("--postcopy") == 0
+        assert script.capabilities["postcopy-ram"]
+        assert script.commands[-2:] == [f"migrate {_URI}", "migrate-start-postcopy"]
+
+    def test_resume_changes_nothing_and_goes_on(self, script: Script, run: RunMigrate) -> None:
+        script.before = info("postcopy-paused", 1, error_desc="the line was cut")
+        script.stages = [info("postcopy-recover", 1), info("postcopy-active", 2), COMPLETED]
+        assert run("--resume") == 0
+        assert script.commands == [f"migrate {_URI} resume"]
+
+    def test_lost_connection_ends_with_what_is_to_be_done(
+        self, script: Script, run: RunMigrate, capsys: Capture
+    ) -> None:
+        script.stages = [ACTIVE, info("postcopy-active", 2), info("postcopy-paused", 2, error_desc="the line was cut")]
+        assert run("--postcopy") == 5
+        said = capsys.readouterr().err
+        assert "for memory that is here: the line was cut" in said
+        assert "dirtylog recover" in said
+
+    def test_ctrl_c_after_the_handover_leaves_the_migration_alone(
+        self, script: Script, run: RunMigrate, capsys: Capture
+    ) -> None:
+        script.stages = [ACTIVE, info("postcopy-active", 2)]
+        script.on_query = lambda number: os.kill(os.getpid(), signal.SIGINT) if number == 3 else None
+        assert run("--postcopy") == 130
+        assert "the migration goes on, unwatched" in capsys.readouterr().err
+        assert "migrate_cancel" not in script.commands

@@ -3,6 +3,7 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
+from support.streams import accepted
 from support.waiting import Task
 
 from dirtylog.errors import CancelledError, DisconnectedError, RefusedError
@@ -34,7 +35,7 @@ def _answered(listener: Listener, answer: Joined | Failed) -> tuple[Task, list[J
     heard: list[Join] = []
 
     def serve() -> None:
-        with listener.accept() as channel:
+        with listener.open(accepted(listener)) as channel:
             heard.append(channel.expect(Join))
             channel.send(answer)
 
@@ -44,7 +45,7 @@ def _answered(listener: Listener, answer: Joined | Failed) -> tuple[Task, list[J
 def test_channel_is_open_to_who_listens_there(connections: Connections, listener: Listener) -> None:
     channel = connections.open(listener.address)
     channel.send(_HELLO)
-    with listener.accept() as other:
+    with listener.open(accepted(listener)) as other:
         assert other.expect(Hello) == _HELLO
 
 

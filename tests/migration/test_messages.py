@@ -28,6 +28,7 @@ from dirtylog.migration.messages import (
     Lacking,
     Message,
     Owed,
+    Page,
     Pages,
     PassDone,
     PassEnd,
@@ -124,6 +125,7 @@ _TABLE: list[tuple[Stage, Message, str]] = [
         "1100 0000 28000000 01000000 02000000 0000000000000000 0200000000000000 1000000000000000 0400000000000000",
     ),
     (Stage.SIDE, Request(1, 300), "1200 0000 10000000 82 a5 626c6f636b 01 a4 70616765 cd 012c"),
+    (Stage.SIDE, Page(1, 300), "1600 0000 10000000 82 a5 626c6f636b 01 a4 70616765 cd 012c"),
     (
         Stage.OPENING,
         Resume(b"0123456789abcdef"),
@@ -201,7 +203,7 @@ def test_body_cut_anywhere_is_refused(stage: Stage, message: Message, frame: byt
     ("head", "reason"),
     [
         ((0, 0, 0), "no message has the type 0"),
-        ((22, 0, 0), "no message has the type 22"),
+        ((22, 0, 0), "no message has the type 23"),
         ((0xFFFF, 0, 0), "no message has the type 65535"),
         ((1, 1, 0), "no message has the type 1 and flags 1"),
         ((8, 0, MAX_BODY + 1), "a State message of 16777217 bytes"),

@@ -9,9 +9,10 @@ from dirtylog.errors import ProtocolError
 from dirtylog.linux.mapping import memory_of
 from dirtylog.memory import Memory, PageBitmap
 from dirtylog.migration import owed as owed_module
+from dirtylog.migration.batch import Batch
 from dirtylog.migration.messages import Lacking, Request
 from dirtylog.migration.owed import _BATCH_PAGES, OwedPages, in_messages
-from dirtylog.migration.ram import Batch, DirtyRAM
+from dirtylog.migration.ram import DirtyRAM
 from dirtylog.units import KIB, PAGE_SIZE
 
 _SIZES = (3 * 512 + 40, 70)
@@ -35,7 +36,7 @@ class Source:
         for block, page in data | zeros:
             value = 0 if (block, page) in zeros else 1 + page % 251
             self.blocks[block].array[page * PAGE_SIZE : (page + 1) * PAGE_SIZE] = value
-        self.owed = OwedPages(walked)
+        self.owed = OwedPages([ram.owed() for ram in walked])
         self.owed.replace(_lacking(owed))
 
     def check(self, batch: Batch) -> list[Place]:
@@ -53,14 +54,17 @@ class Source:
         return places
 
     def take(self) -> list[Place]:
-        batches = self.owed.take()
-        contents = sum(batch.pages.pages for batch in batches if batch.pages is not None)
-        assert contents <= _BATCH_PAGES
-        return [place for batch in batches for place in self.check(batch)]
+        batch = self.owed.take()
+        if batch is None:
+            return []
+        assert batch.pages is None or batch.pages.pages <= _BATCH_PAGES
+        return self.check(batch)
 
     def ask(self, place: Place) -> list[Place]:
-        batch = self.owed.answer(Request(*place))
-        return [] if batch is None else self.check(batch)
+        """The page, if it was owed; it is to be sent in any case."""
+        block, was_owed = self.owed.answer(Request(*place))
+        assert block is self.blocks[place[0]]
+        return [place] if was_owed else []
 
     def _contents(self, block: int, page: int) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:
         return self.blocks[block].array[page * PAGE_SIZE : (page + 1) * PAGE_SIZE]
@@ -137,20 +141,19 @@ def test_each_page_is_sent_once_in_whatever_order_they_are_asked_for(  # D1, M4
 
 def test_hole_is_sent_as_a_whole(memory: Memory) -> None:
     source = Source(memory, {(0, 1300)}, set(), _everything)
-    assert source.take() == [(0, page) for page in range(1280)]  # whole chunks
+    assert source.take() == [(0, page) for page in range(1300)]
     assert len(source.take()) == _BATCH_PAGES
 
 
 def test_runs_of_a_hole_fit_one_message(memory: Memory, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dirtylog.migration.ram.MAX_RUNS", 4)
+    monkeypatch.setattr("dirtylog.migration.owed.MAX_RUNS", 4)
     odd = {(0, page) for page in range(1, 100, 2)}
     source = Source(memory, set(), set(), odd)
     sent: list[Place] = []
-    while batches := source.owed.take():
-        for batch in batches:
-            assert batch.zeros is not None
-            assert len(batch.zeros.runs) <= 4
-            sent += source.check(batch)
+    while batch := source.owed.take():
+        assert batch.zeros is not None
+        assert len(batch.zeros.runs) <= 4
+        sent += source.check(batch)
     assert sent == sorted(odd)
 
 

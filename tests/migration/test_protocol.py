@@ -22,6 +22,7 @@ from dirtylog.migration.messages import (
     Lacking,
     Message,
     Owed,
+    Page,
     Pages,
     PassDone,
     PassEnd,
@@ -58,6 +59,7 @@ _EXAMPLES: dict[type[Message], Message] = {
     Shared: Shared(1),
     Owed: Owed(0, _RUNS),
     Request: Request(0, 3),
+    Page: Page(0, 3),
     Resume: Resume(bytes(16)),
     Lacking: Lacking(0, _RUNS),
     Resumed: Resumed(),
@@ -80,6 +82,7 @@ SIDE         source       ZeroPages  SIDE
 SIDE         source       EncodedPages SIDE
 SIDE         source       PassEnd    SIDE_ENDED
 SIDE         destination  Request    SIDE
+SIDE         source       Page       SIDE
 SIDE         source       Failed     FAILED
 SIDE         destination  Failed     FAILED
 SIDE_ENDED   destination  PassDone   SIDE

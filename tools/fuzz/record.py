@@ -22,7 +22,19 @@ from dirtylog.migration import Channel, IncomingMigration, Listener, OutgoingMig
 from dirtylog.migration import file as machine_file
 from dirtylog.migration.encoding import Compressor
 from dirtylog.migration.file import Layout, MachineFile
-from dirtylog.migration.messages import EncodedPages, Failed, Join, Joined, Message, encode
+from dirtylog.migration.messages import (
+    EncodedPages,
+    Failed,
+    Join,
+    Joined,
+    Lacking,
+    Message,
+    Page,
+    Request,
+    Resume,
+    Resumed,
+    encode,
+)
 from dirtylog.migration.protocol import Protocol
 from dirtylog.units import PAGE_SIZE
 from tools.fuzz.targets import BLOCKS, FILE_HEAD, SESSION
@@ -34,10 +46,22 @@ _WAYS: Final = (
     Parameters(verify=True),
     Parameters(channels=2),
     Parameters(share_memory=True),
+    Parameters(postcopy=True),
 )
 _TO_DESTINATION: Final = 0
 _TO_SOURCE: Final = 1
 _TO_SOURCE_FURTHER: Final = 3
+
+
+_RARE: Final[tuple[tuple[int, Message | None, Message, bytes], ...]] = (
+    (_TO_DESTINATION, None, Failed("enough"), b""),
+    (_TO_DESTINATION, None, Resume(SESSION), b""),
+    (_TO_DESTINATION, Join(SESSION), Page(0, 3), bytes(PAGE_SIZE)),
+    (_TO_SOURCE_FURTHER, Joined(), Request(0, 3), b""),
+    (_TO_SOURCE, None, Lacking(0, np.array([[3, 2], [9, 1]], np.int64)), b""),
+    (_TO_SOURCE, None, Resumed(), b""),
+)
+"""What is heard only when pages are waited for, or a connection is lost: who hears it, and what comes before it."""
 
 
 class Said:
@@ -82,9 +106,17 @@ def _recording() -> Iterator[list[Said]]:
         yield said
 
 
+class _Patient(Process):
+    """One whose threads do not touch memory that is not there yet: it has none."""
+
+    def check_postcopy(self, *, of_kernel: bool) -> None:
+        """Do not refuse."""
+        del of_kernel
+
+
 def _machine() -> Process:
     sizes = {name: pages * PAGE_SIZE for name, pages in BLOCKS}
-    return Process(sizes, resume=lambda: None, pause=lambda: None, save=lambda: b"state", tracker="comparison")
+    return _Patient(sizes, resume=lambda: None, pause=lambda: None, save=lambda: b"state", tracker="comparison")
 
 
 def _migrated(parameters: Parameters, folder: Path) -> list[Said]:
@@ -95,7 +127,10 @@ def _migrated(parameters: Parameters, folder: Path) -> list[Said]:
         incoming = IncomingMigration(destination, Listener(address))
         thread = threading.Thread(target=incoming.run)
         thread.start()
-        OutgoingMigration(source, address, parameters).run()
+        outgoing = OutgoingMigration(source, address, parameters)
+        if parameters.postcopy:
+            outgoing.start_postcopy()
+        outgoing.run()
         thread.join()
     return said
 
@@ -110,9 +145,11 @@ def _streams(folder: Path) -> Iterator[tuple[int, bytes, list[Message]]]:
     for parameters in _WAYS:
         for said in _migrated(parameters, folder):
             yield said.way, bytes(said.data), said.messages
-    message, frame = _encoded()
-    yield _TO_DESTINATION, Protocol.preamble() + encode(Join(SESSION)) + encode(message) + frame, [message]
-    yield _TO_DESTINATION, Protocol.preamble() + encode(Failed("enough")), [Failed("enough")]
+    encoded, frame = _encoded()
+    yield _TO_DESTINATION, Protocol.preamble() + encode(Join(SESSION)) + encode(encoded) + frame, [encoded]
+    for way, first, message, payload in _RARE:
+        opening = b"" if first is None else encode(first)
+        yield way, Protocol.preamble() + opening + encode(message) + payload, [message]
 
 
 def _file(folder: Path) -> bytes:

@@ -23,7 +23,7 @@ from dirtylog.errors import (
 COMMANDS: Final = {
     "run": "Run a boot image as a guest, or wait for one to arrive.",
     "migrate": "Move a running guest to another process.",
-    "recover": "Have a guest that lacks memory wait for its source at another address.",
+    "recover": "Have a guest that lacks memory wait for its source.",
     "watch": "Show which memory of a running guest is written, and how fast.",
     "predict": "Predict how a migration of a running guest would go.",
     "guest": "Write the boot image of the guest that dirties memory.",

@@ -85,7 +85,8 @@ class Postcopy:
             self._urgent.close()
 
     def resume(self, address: Address) -> None:
-        """Go on over new connections, if the old ones are lost."""
+        """Go on over new connections, as the old ones are lost."""
+        self._enter(Status.POSTCOPY_RECOVER)
         self._addresses.put(address)
 
     def pause(self) -> None:
@@ -156,7 +157,6 @@ class Postcopy:
                     f"the rest of the guest's memory was not sent: {lost.cause}",
                     remedy="the guest cannot go on without it where it is",
                 ) from lost
-            self._enter(Status.POSTCOPY_RECOVER)
             try:
                 self._go_on(address)
             except PeerError as error:
