@@ -6,7 +6,7 @@ from enum import Enum
 
 from dirtylog.linux.mapping import Contents
 from dirtylog.migration.channel import Channel
-from dirtylog.migration.messages import Message
+from dirtylog.migration.messages import Message, encode
 from dirtylog.migration.protocol import Role
 
 
@@ -54,6 +54,10 @@ SHARED_SOURCE = _points(Role.SOURCE, "Hello Shared Digests State Handover", "Wel
 SHARED_DESTINATION = _points(Role.DESTINATION, "Welcome PassDone Ready Taken", "Hello Shared Digests State Handover")
 """The same where memory is shared. Files follow ``Shared``, so they are there only at what comes later."""
 
+POSTCOPY_SOURCE = _points(Role.SOURCE, "Owed State Handover Pages", "Ready Taken Request")
+POSTCOPY_DESTINATION = _points(Role.DESTINATION, "Ready Taken Request", "Owed State Handover Page Pages")
+"""What is more, or otherwise, where the guest is handed over before its memory."""
+
 SIDE = _points(Role.SOURCE, "Join", "Joined") + _points(Role.DESTINATION, "Joined", "Join")
 """What is more with several channels."""
 
@@ -77,8 +81,7 @@ def install(checkpoint: Checkpoint, act: Callable[[], None], patch: Callable[[ty
         if here(channel, Moment.BEFORE_SENDING, message):
             act()
         if here(channel, Moment.WITHIN, message):
-            half = channel._protocol.send(message)[:7]
-            channel._socket.sendall(half)
+            channel._socket.sendall(encode(message)[:7])
             act()
         size = send(channel, message, payload)
         if here(channel, Moment.AFTER_SENDING, message):

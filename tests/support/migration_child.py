@@ -1,8 +1,8 @@
 """A process that is one side of a migration and stands still at a checkpoint, to be killed there.
 
 Arguments: the side, the kind of machine, the address, the checkpoint, or ``-`` for none, and whether memory is
-``copied`` or ``shared``, which a source decides. It prints a line for all
-that happens: ``listening``, each new state of the machine, ``halted`` at the checkpoint, ``done`` or ``error`` at last.
+``copied``, ``shared`` or comes after the guest (``postcopy``), which a source decides. It prints a line for all that
+happens: ``listening``, each new state of the machine, ``halted`` at the checkpoint, ``done`` or ``error`` at last.
 """
 
 import signal
@@ -31,8 +31,12 @@ def send(kind: str, uri: str, way: str) -> None:
         guest.observers.append(lambda _, new: say(new.value))
         guest.resume()
         wait_for_rounds(guest)
-        parameters = Parameters(verify=True, share_memory=way == "shared")
-        OutgoingMigration(guest, parse_address(uri), parameters).run()
+        postcopy = way == "postcopy"
+        parameters = Parameters(verify=not postcopy, share_memory=way == "shared", postcopy=postcopy)
+        outgoing = OutgoingMigration(guest, parse_address(uri), parameters)
+        if postcopy:
+            outgoing.start_postcopy()
+        outgoing.run()
 
 
 def receive(kind: str, uri: str, _: str) -> None:

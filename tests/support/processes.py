@@ -129,7 +129,9 @@ def dirtylog(*arguments: str) -> Process:
     return Process((*DIRTYLOG, *arguments))
 
 
-def child(side: str, kind: str, uri: str, checkpoint: object, *, shared: bool = False) -> Process:
+def child(
+    side: str, kind: str, uri: str, checkpoint: object, *, shared: bool = False, postcopy: bool = False
+) -> Process:
     """See `support.migration_child`."""
-    way = "shared" if shared else "copied"
+    way = "shared" if shared else "postcopy" if postcopy else "copied"
     return Process((sys.executable, "-m", "support.migration_child", side, kind, uri, str(checkpoint), way))
