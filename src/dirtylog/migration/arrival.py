@@ -169,6 +169,7 @@ class Arrival:
             main.stop_receiving()
 
         self._use(main)
+        main.use_short_calls()
         self._service = FaultService(urgent, self._ram, cut)
 
     def _end_service(self) -> None:

@@ -92,10 +92,14 @@ class Channel:
         """How long nothing may move."""
         set_timeouts(self._socket, seconds)
 
-    def enlarge_buffers(self, size: int = BUFFER_SIZE) -> None:
+    def enlarge_buffers(self) -> None:
         """Have the kernel buffer as much as memory needs. A destination does so only for who is let in."""
         with self._io():
-            set_buffers(self._socket, size)
+            set_buffers(self._socket, BUFFER_SIZE)
+
+    def use_short_calls(self) -> None:
+        """See `Stream.use_short_calls`."""
+        self._stream.use_short_calls()
 
     def send(self, message: Message, payload: Iterable[Contents] = ()) -> int:
         """Send a message and what belongs to it; how many bytes that were.

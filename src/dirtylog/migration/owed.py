@@ -12,7 +12,7 @@ from dirtylog.migration.batch import Batch, batch_of, zero_batch
 from dirtylog.migration.messages import MAX_RUNS, Lacking, Owed, Request, Runs
 from dirtylog.units import PAGE_SIZE
 
-_BATCH_PAGES: Final = 256
+_BATCH_PAGES: Final = 512
 """Enough that what each message costs is little beside what it carries."""
 _WINDOW_PAGES: Final = 1 << 15
 """Pages listed at a time."""

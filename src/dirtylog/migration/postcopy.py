@@ -22,10 +22,6 @@ from dirtylog.migration.parameters import Parameters
 from dirtylog.migration.sender import Sender
 from dirtylog.migration.statistics import Statistics, Status
 from dirtylog.migration.urgent import Tally, UrgentLane
-from dirtylog.units import KIB
-
-_BACKLOG: Final = 512 * KIB
-"""Bytes on their way in their turn. The guest waits for a page among them for as long as all before it take."""
 
 
 def check(address: Address, parameters: Parameters) -> None:
@@ -119,7 +115,7 @@ class Postcopy:
         if not isinstance(main, Channel) or not isinstance(urgent, Channel):
             raise UsageError("only a process can run a guest before it has its memory")
         self._main = main
-        main.enlarge_buffers(_BACKLOG)
+        main.use_short_calls()
         main.set_timeout(STALL_TIMEOUT)
         urgent.set_timeout(0)  # nobody may ask for a long time
         self._urgent = UrgentLane(urgent, self._owed, self._tally, main)

@@ -191,6 +191,9 @@ class TLSStream:
             self._ahead = bytes(byte)
         return count is not None
 
+    def use_short_calls(self) -> None:
+        """They are short beside encryption, which is no system call."""
+
     def has_arrived(self) -> bool:
         """See `Stream`."""
         while not self.has_buffered:
