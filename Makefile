@@ -33,6 +33,9 @@ fuzz: setup  ## fuzz the parsers of what peers and files say; FUZZ='--seconds 10
 	@$(BIN)/python -c 'import atheris' 2>/dev/null || $(BIN)/python -m pip install --quiet --constraint constraints.txt atheris
 	$(BIN)/python -m tools.fuzz $(FUZZ)
 
+shuttle: setup  ## send a running guest back and forth 200 times, in ways chosen at random (SHUTTLE='--moves 1000' or other options)
+	$(BIN)/python tools/shuttle.py $(SHUTTLE)
+
 lab: setup  ## run the trackers' and the KVM machine's tests on a second kernel, in emulation; LAB='...' passes options
 	$(BIN)/python -m tools.lab $(LAB)
 
