@@ -2,6 +2,7 @@
 
 import contextlib
 import hmac
+import mmap
 import threading
 from collections.abc import Callable
 from queue import SimpleQueue
@@ -196,7 +197,8 @@ class Arrival:
         self._end_service()
 
     def _take_all(self, main: Channel) -> None:
-        buffer = np.empty(MAX_BATCH_PAGES * PAGE_SIZE, np.uint8)
+        # Not from malloc, which keeps what a thread gave back for the next one of that thread: this one ends here.
+        buffer = np.frombuffer(mmap.mmap(-1, MAX_BATCH_PAGES * PAGE_SIZE), np.uint8)
         while not isinstance(message := main.receive(), PassEnd):
             if isinstance(message, Pages):
                 self._ram.receive(main, message, buffer)
