@@ -4,6 +4,8 @@ After each move the guest must run in one place and keep its page rule; at the e
 descriptors and threads than after the first moves, and not much more memory.
 """
 
+import ctypes
+import gc
 import os
 import random
 import sys
@@ -221,6 +223,8 @@ def _recover(outgoing: OutgoingMigration, incoming: IncomingMigration, uri: str)
 
 
 def _resident() -> int:
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what threads that ended gave back, malloc keeps for others
     return int(Path("/proc/self/statm").read_text().split()[1]) * PAGE_SIZE
 
 

@@ -2,13 +2,14 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.economies import WAYS, Fickle, Fixed
 
 from dirtylog.linux.mapping import Contents, memory_of
-from dirtylog.memory import RAMBlock
+from dirtylog.memory import Numbers, RAMBlock
 from dirtylog.migration.batch import Batch, page_parts, runs_of
 from dirtylog.migration.channel import Channel
 from dirtylog.migration.economy import TELLING, Economy, Way
@@ -222,6 +223,27 @@ def test_sample_of_differences_is_of_pages_with_a_copy() -> None:
     ((way, memory, wire),) = _fixed(line).samples
     assert (way, memory) == (Way.DELTA, 70 * PAGE_SIZE)
     assert wire < memory / 100  # nothing has changed
+    line.close()
+
+
+@pytest.mark.parametrize("left", [0, 69])
+def test_sample_whose_copies_another_channel_replaces_meanwhile_tells_nothing(
+    monkeypatch: pytest.MonkeyPatch, left: int
+) -> None:
+    line = _Line(Fixed(Way.PLAIN))
+    line.block.page_words[:, 1] = np.arange(1, _PAGES + 1)
+    line.send(*range(70))
+    differences = SentCopies.differences
+
+    def late(copies: SentCopies, block: int, pages: Numbers, rows: Rows) -> tuple[npt.NDArray[np.bool_], Rows]:
+        copies.forget(block, pages[left:])
+        return differences(copies, block, pages, rows)
+
+    monkeypatch.setattr(SentCopies, "differences", late)
+    _fixed(line).sample = Way.DELTA
+    line.send(*range(_PAGES))
+    assert _fixed(line).samples == []
+    line.check()
     line.close()
 
 

@@ -184,6 +184,8 @@ class Sender:
         source = copied.rows
         if way is Way.DELTA and self._copies is not None:
             _, source = self._copies.differences(block, chosen, copied.rows)
+            if len(source) < len(copied.rows):  # other channels have replaced copies meanwhile
+                return
         size = len(self._compressors[way].compress(source))
         work = time.monotonic() - began + copied.work * copied.rows.nbytes
         self.economy.sampled(way, copied.rows.nbytes, size, work)
