@@ -203,7 +203,7 @@ def test_body_cut_anywhere_is_refused(stage: Stage, message: Message, frame: byt
     ("head", "reason"),
     [
         ((0, 0, 0), "no message has the type 0"),
-        ((22, 0, 0), "no message has the type 23"),
+        ((23, 0, 0), "no message has the type 23"),
         ((0xFFFF, 0, 0), "no message has the type 65535"),
         ((1, 1, 0), "no message has the type 1 and flags 1"),
         ((8, 0, MAX_BODY + 1), "a State message of 16777217 bytes"),

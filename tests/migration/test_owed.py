@@ -142,7 +142,14 @@ def test_each_page_is_sent_once_in_whatever_order_they_are_asked_for(  # D1, M4
 def test_hole_is_sent_as_a_whole(memory: Memory) -> None:
     source = Source(memory, {(0, 1300)}, set(), _everything)
     assert source.take() == [(0, page) for page in range(1300)]
-    assert len(source.take()) == _BATCH_PAGES
+    assert source.take() == [(0, 1300)]
+    assert source.take() == [(0, page) for page in range(1301, _SIZES[0])]
+
+
+def test_data_are_sent_a_batch_at_a_time(memory: Memory) -> None:
+    source = Source(memory, _everything, set(), _everything)
+    assert source.take() == [(0, page) for page in range(_BATCH_PAGES)]
+    assert source.take() == [(0, page) for page in range(_BATCH_PAGES, 2 * _BATCH_PAGES)]
 
 
 def test_runs_of_a_hole_fit_one_message(memory: Memory, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -165,7 +172,7 @@ def test_order_goes_on_where_was_asked_last(memory: Memory) -> None:
     assert source.take() == [(1, page) for page in range(61, 70)]
     assert source.take()[0] == (0, 0)
     assert source.ask((0, 500)) == []  # it was sent; what is next is near there all the same
-    assert source.take()[0] == (0, 565)
+    assert source.take()[0] == (0, 501 + _BATCH_PAGES)
 
 
 def test_announcements_name_what_is_owed(memory: Memory) -> None:
