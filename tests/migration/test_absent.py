@@ -1,10 +1,15 @@
+import ctypes
 import select
-from collections.abc import Iterator
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, nullcontext
+from functools import partial
 
 import numpy as np
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from support.connected import Ends, connected
+from support.mappings import address_of
 from support.require import require
 from support.touching import Touch
 from support.waiting import Task, wait_until
@@ -16,7 +21,7 @@ from dirtylog.memory import Memory, RAMBlock
 from dirtylog.migration import absent as absent_module
 from dirtylog.migration.absent import AbsentRAM
 from dirtylog.migration.blocktime import Blocktime
-from dirtylog.migration.messages import MAX_BATCH_PAGES, Lacking, Owed, Pages, Request, Runs, ZeroPages
+from dirtylog.migration.messages import MAX_BATCH_PAGES, Lacking, Owed, Page, Pages, Request, Runs, ZeroPages
 from dirtylog.migration.protocol import Stage
 from dirtylog.units import PAGE_SIZE
 
@@ -30,7 +35,7 @@ def _runs(*runs: tuple[int, int]) -> Runs:
 
 
 class Destination:
-    """Two blocks, and a source's connection."""
+    """Two blocks, and a source's connections."""
 
     def __init__(self, stack: ExitStack) -> None:
         self.memory = Memory()
@@ -51,7 +56,10 @@ class Destination:
         self.ram = AbsentRAM(self.blocks, faults, self.blocktime)
         stack.callback(self.ram.close)
         self.ends: Ends = stack.enter_context(connected(Stage.SERVING))
+        self.urgent_ends: Ends = stack.enter_context(connected(Stage.SIDE))
         self._buffer = np.empty(MAX_BATCH_PAGES * PAGE_SIZE, np.uint8)
+        self._page = np.empty(PAGE_SIZE, np.uint8)
+        self.asked: set[Request] = set()
 
     def owe(self, block: int, *runs: tuple[int, int]) -> None:
         self.ram.owe(Owed(block, _runs(*runs)))
@@ -63,6 +71,24 @@ class Destination:
         self.ends.source.send(message, [contents.data])
         received = self.ends.destination.expect(Pages)
         self.ram.receive(self.ends.destination, received, self._buffer)
+
+    def answer(self, block: int, page: int) -> None:
+        """Have a page come as it does that was asked for, holding its number."""
+        self.urgent_ends.source.send(Page(block, page), [memoryview(bytes([page & 0xFF]) * PAGE_SIZE)])
+        received = self.urgent_ends.destination.expect(Page)
+        self.ram.receive_page(self.urgent_ends.destination, received, self._page)
+
+    def send_zeros(self, block: int, *runs: tuple[int, int]) -> None:
+        self.ram.zero(ZeroPages(block, _runs(*runs)))
+
+    def answer_zero(self, block: int, page: int) -> None:
+        self.ram.zero_page(ZeroPages(block, _runs((page, 1))))
+
+    def ask(self, block: int, page: int) -> Touch:
+        """Have somebody wait for a page, and the source asked for it."""
+        touch = self.touch(block, page)
+        assert self.wait_for_requests() == [Request(block, page)]
+        return touch
 
     def touch(self, block: int, page: int) -> Touch:
         mapping = self.blocks[block].mapping
@@ -78,6 +104,11 @@ class Destination:
 
         wait_until(enough, f"{number} pages were asked for")
         return found
+
+    def is_asked(self, block: int, pages: range) -> bool:
+        """Whether the source was asked for all of them by now."""
+        self.asked.update(self.ram.requests())
+        return self.asked.issuperset(Request(block, page) for page in pages)
 
     def serve_until_got(self, touch: Touch) -> bytes:
         """What it reads, which nobody is to be asked for."""
@@ -226,13 +257,256 @@ def test_page_that_comes_twice_is_refused(there: Destination, zero: bool) -> Non
     assert there.ram.pages == 1
 
 
-def test_page_that_came_from_elsewhere_is_refused(there: Destination) -> None:  # M5
-    """Two connections could bring one page at the same time."""
+def test_page_that_was_asked_for_is_put_in_place_when_it_is_answered(there: Destination) -> None:  # D1
     there.owe(0, (3, 2))
     there.ram.begin()
-    there.ram._faults.zero(there.blocks[0].mapping.address + 4 * PAGE_SIZE, PAGE_SIZE)
-    with pytest.raises(ProtocolError, match="a page from 3 on of block 'ram0' was here before it came"):
+    touch = there.ask(0, 3)
+    there.answer(0, 3)
+    assert touch.result() == b"\3"
+    assert there.ram.pages == 1
+    assert len(there.blocktime.latencies) == 1
+
+
+def test_answer_may_be_that_a_page_is_zero(there: Destination) -> None:  # M4
+    there.owe(0, (3, 2))
+    there.ram.begin()
+    touch = there.ask(0, 3)
+    there.answer_zero(0, 3)
+    assert touch.result() == b"\0"
+    assert there.ram.pages == 1
+    assert there.is_hole(0, 4)
+
+
+@pytest.mark.parametrize(("block", "page"), [(2, 0), (1, 8), (0, 1200), (0, 4), (0, 5), (1, 3)])
+@pytest.mark.parametrize("zero", [False, True])
+def test_answer_that_was_not_asked_for_is_refused_and_changes_nothing(  # M5
+    there: Destination, block: int, page: int, zero: bool
+) -> None:
+    there.owe(0, (3, 2))
+    there.ram.begin()
+    there.ask(0, 3)
+    with pytest.raises(ProtocolError, match=f"page {page} of block {block}, which it was not asked for"):
+        there.answer_zero(block, page) if zero else there.answer(block, page)
+    assert there.ram.pages == 2
+    assert there.is_hole(0, 4)
+    assert _byte(there.blocks[0], 5) == _byte(there.blocks[1], 3) == _STALE
+
+
+def test_answer_of_more_than_the_page_is_refused(there: Destination) -> None:  # M5
+    there.owe(0, (3, 2))
+    there.ram.begin()
+    there.ask(0, 3)
+    for runs in ([(3, 2)], [(3, 1), (7, 1)]):
+        with pytest.raises(ProtocolError, match="that it does not owe"):
+            there.ram.zero_page(ZeroPages(0, _runs(*runs)))
+    assert there.ram.pages == 2
+    assert there.is_hole(0, 3)
+
+
+@pytest.mark.parametrize("zero", [False, True])
+@pytest.mark.parametrize("urgent_first", [False, True])
+def test_page_that_comes_on_both_channels_counts_once_and_keeps_what_was_written_meanwhile(  # M9
+    there: Destination, zero: bool, urgent_first: bool
+) -> None:
+    there.owe(0, (3, 2))
+    there.ram.begin()
+    touch = there.ask(0, 3)
+    on_main: list[Callable[[], None]] = [lambda: there.send(0, (3, 1)), lambda: there.send_zeros(0, (3, 1))]
+    urgently: list[Callable[[], None]] = [lambda: there.answer(0, 3), lambda: there.answer_zero(0, 3)]
+    first, second = (ways[zero] for ways in ((urgently, on_main) if urgent_first else (on_main, urgently)))
+    first()
+    assert touch.result() == (b"\0" if zero else b"\3")
+    assert there.ram.pages == 1
+    there.system.write(3 * PAGE_SIZE, b"new")
+    second()
+    assert there.ram.pages == 1
+    assert there.system.read(3 * PAGE_SIZE, 4) == b"new" + (b"\0" if zero else b"\3")
+    for third in (first, second):
+        with pytest.raises(ProtocolError, match=r"does not owe|was not asked for"):
+            third()
+    assert there.ram.pages == 1
+    assert there.system.read(3 * PAGE_SIZE, 3) == b"new"
+
+
+def test_pages_that_came_early_are_skipped_among_others(there: Destination) -> None:  # M9
+    there.owe(0, (3, 6))
+    there.ram.begin()
+    for page in (4, 5, 8):
+        there.ask(0, page)
+        there.answer(0, page)
+        there.system.write(page * PAGE_SIZE, b"\x99")
+    assert there.ram.pages == 3
+    there.send(0, (3, 6))
+    assert there.ram.pages == 0
+    assert [_byte(there.blocks[0], page) for page in range(3, 9)] == [3, 0x99, 0x99, 6, 7, 0x99]
+
+
+def test_zeros_among_which_a_page_came_early_leave_it_as_it_is(there: Destination) -> None:  # M4, M9
+    there.owe(0, (3, 3))
+    there.ram.begin()
+    there.ask(0, 4)
+    there.answer_zero(0, 4)
+    there.system.write(4 * PAGE_SIZE, b"\x99")
+    there.send_zeros(0, (3, 3))
+    assert there.ram.pages == 0
+    assert [there.system.read(page * PAGE_SIZE, 1) for page in (3, 4, 5)] == [b"\0", b"\x99", b"\0"]
+
+
+def test_page_that_is_there_when_its_copy_comes_is_left_as_it_is(there: Destination) -> None:  # M9
+    """As it is if the other channel's thread put it there, and has not said so yet."""
+    there.owe(0, (3, 4))
+    there.ram.begin()
+    for page in (3, 5):
+        there.ram._faults.zero(there.blocks[0].mapping.address + page * PAGE_SIZE, PAGE_SIZE)
+    there.send(0, (3, 4))
+    assert [_byte(there.blocks[0], page) for page in range(3, 7)] == [0, 4, 0, 6]
+    assert there.ram.pages == 0
+
+
+_FEW = 6
+"""Pages that are owed. Every third one is zero."""
+_STEPS = st.tuples(st.sampled_from(["ask", "answer", "main", "write"]), st.integers(0, _FEW - 1))
+
+
+class _Model:
+    """What a destination is to do with the copies of a few pages of its second block.
+
+    Attributes:
+        contents: the first byte of those that are there.
+    """
+
+    def __init__(self, there: Destination) -> None:
+        self.contents: dict[int, int] = {}
+        self._there = there
+        self._asked: set[int] = set()
+        self._early: set[int] = set()
+        self._touches: dict[int, Touch] = {}
+        there.owe(1, (0, _FEW))
+        there.ram.begin()
+
+    def step(self, action: str, page: int, value: int) -> None:
+        if action == "ask" and page not in self.contents and page not in self._asked:
+            self._touches[page] = self._there.ask(1, page)
+            self._asked.add(page)
+        elif action == "write" and page in self.contents:
+            self._there.system.write(self._place(page), bytes([value]))
+            self.contents[page] = value
+        elif action == "answer":
+            self._answer(page)
+        elif action == "main":
+            self._main(page)
+
+    def check(self) -> None:
+        assert self._there.ram.pages == _FEW - len(self.contents)
+        for page, value in self.contents.items():
+            assert self._there.system.read(self._place(page), 1) == bytes([value])
+
+    def finish(self) -> None:
+        for page in range(_FEW):
+            if page not in self.contents:
+                self._main(page)
+
+    def _answer(self, page: int) -> None:
+        answer = self._there.answer_zero if page % 3 == 0 else self._there.answer
+        with nullcontext() if page in self._asked else pytest.raises(ProtocolError):
+            answer(1, page)
+        if page in self._asked:
+            self._asked.discard(page)
+            if page not in self.contents:
+                self._early.add(page)
+                self._arrived(page)
+
+    def _main(self, page: int) -> None:
+        send = self._there.send_zeros if page % 3 == 0 else self._there.send
+        is_due = page not in self.contents or page in self._early
+        with nullcontext() if is_due else pytest.raises(ProtocolError):
+            send(1, (page, 1))
+        self._early.discard(page)
+        if page not in self.contents:
+            self._arrived(page)
+
+    def _arrived(self, page: int) -> None:
+        self.contents[page] = page if page % 3 else 0
+        if page in self._touches:
+            assert self._touches[page].result() == bytes([self.contents[page]])
+
+    @staticmethod
+    def _place(page: int) -> int:
+        return (1 << 32) + page * PAGE_SIZE
+
+
+@settings(max_examples=50)
+@given(steps=st.lists(_STEPS, max_size=40))
+@example(steps=[("ask", 1), ("answer", 1), ("write", 1), ("main", 1), ("main", 1), ("answer", 1)])
+@example(steps=[("ask", 0), ("main", 0), ("write", 0), ("answer", 0), ("answer", 0), ("main", 0)])
+def test_whichever_copy_comes_first_is_the_one_that_is_seen(steps: list[tuple[str, int]]) -> None:  # M5, M9
+    with ExitStack() as stack:
+        model = _Model(Destination(stack))
+        for value, (action, page) in enumerate(steps, 100):
+            model.step(action, page, value)
+            model.check()
+        model.finish()
+        model.check()
+
+
+@pytest.mark.parametrize("backwards", [False, True])
+def test_copies_that_race_are_seen_once_and_never_replace_what_was_written(  # M9
+    there: Destination, backwards: bool
+) -> None:
+    """Both channels' threads put the same pages in place, and a guest writes each as soon as it is there."""
+    at_once = absent_module._ASK_AT_ONCE
+    end = _SIZES[0] // at_once * at_once
+    there.owe(0, (0, end))
+    there.ram.begin()
+    guest = Task(lambda: _write_each_page(there.blocks[0].memory[: end * PAGE_SIZE]))
+    for first in range(0, end, at_once):
+        pages = range(first, first + at_once)
+        fetching = Task(partial(there.system.read, first * PAGE_SIZE, at_once * PAGE_SIZE))
+        wait_until(lambda pages=pages: there.is_asked(0, pages), "they were asked for")  # type: ignore[misc]
+        urgent = Task(lambda pages=pages: _each(there.answer, pages[::-1] if backwards else pages))  # type: ignore[misc]
+        there.send(0, (first, at_once))
+        urgent.join()
+        fetching.join()
+        assert there.ram.pages == end - first - at_once
+    guest.join()
+    heads = there.blocks[0].array.reshape(-1, PAGE_SIZE)[:end, :2]
+    assert (heads[:, 0] == 0x99).all()
+    assert (heads[:, 1] == np.arange(end).astype(np.uint8)).all()
+
+
+def _each(answer: Callable[[int, int], None], pages: range) -> None:
+    for page in pages:
+        answer(0, page)
+
+
+def _write_each_page(memory: memoryview) -> None:
+    """As a guest does: without the interpreter's lock."""
+    value = ctypes.create_string_buffer(b"\x99", 1)
+    for offset in range(0, len(memory), PAGE_SIZE):
+        ctypes.memmove(address_of(memory) + offset, value, 1)
+
+
+def test_page_that_came_early_is_not_owed_on_another_connection(there: Destination) -> None:  # M8
+    there.owe(0, (3, 2))
+    there.ram.begin()
+    there.ask(0, 3)
+    there.answer(0, 3)
+    there.ram.ask_again()
+    assert list(there.ram.lacking()) == [Lacking(0, _runs((4, 1)))]
+    with pytest.raises(ProtocolError, match="that it does not owe"):
         there.send(0, (3, 2))
+    assert there.ram.pages == 1
+
+
+def test_request_that_a_lost_connection_left_unanswered_is_over_once_its_page_is_there(there: Destination) -> None:
+    there.owe(0, (3, 2))
+    there.ram.begin()
+    there.ask(0, 3)
+    there.send(0, (3, 1))
+    there.ram.ask_again()
+    assert there.ram.requests() == []
+    with pytest.raises(ProtocolError, match="which it was not asked for"):
+        there.answer(0, 3)
 
 
 def test_what_is_lacking_is_what_is_owed_and_has_not_come(there: Destination, monkeypatch: pytest.MonkeyPatch) -> None:

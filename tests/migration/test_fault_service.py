@@ -16,7 +16,7 @@ from dirtylog.memory import Memory
 from dirtylog.migration.absent import AbsentRAM
 from dirtylog.migration.blocktime import Blocktime
 from dirtylog.migration.fault_service import FaultService
-from dirtylog.migration.messages import Message, Owed, Pages, PassEnd, Request, ZeroPages
+from dirtylog.migration.messages import Message, Owed, Page, Pages, PassEnd, Request, ZeroPages
 from dirtylog.migration.protocol import Stage
 from dirtylog.units import PAGE_SIZE
 
@@ -51,8 +51,8 @@ class Served:
         assert isinstance(self.block.mapping, MemfdMapping)
         return Touch(self.block.mapping, page * PAGE_SIZE)
 
-    def send(self, page: int, value: int) -> None:
-        self.say(Pages(0, np.array([[page, 1]])), bytes([value]) * PAGE_SIZE)
+    def answer(self, page: int, value: int) -> None:
+        self.say(Page(0, page), bytes([value]) * PAGE_SIZE)
 
     def say(self, message: Message, payload: bytes = b"") -> None:
         self.ends.source.send(message, [memoryview(payload)] if payload else [])
@@ -73,32 +73,26 @@ def served() -> Iterator[Served]:
 def test_page_that_is_touched_is_asked_for_and_put_in_place(served: Served) -> None:
     touch = served.touch(7)
     assert served.ends.source.expect(Request) == Request(0, 7)
-    served.send(7, 0x77)
+    served.answer(7, 0x77)
     assert touch.result() == b"\x77"
-    assert served.ram.pages == _PAGES - 1
+    wait_until(lambda: served.ram.pages == _PAGES - 1, "it was counted")
 
 
 def test_answers_may_come_in_any_order_and_say_that_a_page_is_zero(served: Served) -> None:
     touches = {page: served.touch(page) for page in (7, 8, 9)}
     asked = [served.ends.source.expect(Request).page for _ in touches]
     assert sorted(asked) == [7, 8, 9]
-    served.send(9, 9)
+    served.answer(9, 9)
     served.say(ZeroPages(0, np.array([[8, 1]])))
-    served.send(7, 7)
+    served.answer(7, 7)
     assert {page: touch.result() for page, touch in touches.items()} == {7: b"\7", 8: b"\0", 9: b"\x09"}
-
-
-def test_page_that_comes_unasked_is_taken(served: Served) -> None:
-    served.send(7, 0x77)
-    wait_until(lambda: served.ram.pages == _PAGES - 1, "the page came")
-    assert served.touch(7).result() == b"\x77"
 
 
 def test_thread_that_holds_the_interpreters_lock_is_served(served: Served) -> None:
     reading = Task(lambda: served.system.read(PAGE_SIZE, 2 * PAGE_SIZE))
     assert [served.ends.source.expect(Request).page for _ in range(2)] == [1, 2]
-    served.send(2, 2)
-    served.send(1, 1)
+    served.answer(2, 2)
+    served.answer(1, 1)
     reading.join()
     assert served.system.read(2 * PAGE_SIZE - 1, 2) == b"\1\2"
 
@@ -123,24 +117,33 @@ def test_lost_connection_is_told_of(served: Served) -> None:
     ("message", "cause"),
     [
         (PassEnd(1), "the source sent PassEnd where only pages are expected"),
-        (ZeroPages(1, np.array([[0, 1]])), "pages of block 1 of 1"),
-        (ZeroPages(0, np.array([[_PAGES, 1]])), f"page {_PAGES} of block 'ram'"),
+        (Pages(0, np.array([[7, 1]])), "the source sent Pages where only pages are expected"),
+        (Page(0, 7), "the source sent page 7 of block 0, which it was not asked for"),
+        (Page(0, _PAGES), f"the source sent page {_PAGES} of block 0, which it was not asked for"),
+        (Page(1, 0), "the source sent page 0 of block 1, which it was not asked for"),
+        (ZeroPages(0, np.array([[7, 1]])), "the source sent page 7 of block 0, which it was not asked for"),
+        (ZeroPages(0, np.array([[_PAGES, 1]])), f"the source sent page {_PAGES} of block 0"),
+        (ZeroPages(1, np.array([[0, 1]])), "the source sent page 0 of block 1"),
     ],
 )
 def test_what_does_not_belong_there_ends_it(served: Served, message: Message, cause: str) -> None:  # M5
-    served.say(message)
+    served.say(message, bytes(PAGE_SIZE) if isinstance(message, Page | Pages) else b"")
     error = served.failure()
     assert isinstance(error, ProtocolError)
     assert cause in error.cause
+    assert served.ram.pages == _PAGES
 
 
-def test_page_that_was_not_owed_ends_it(served: Served) -> None:  # M5
-    served.send(7, 1)
-    served.send(7, 2)
+def test_second_answer_to_one_request_ends_it(served: Served) -> None:  # M5, M9
+    touch = served.touch(7)
+    served.ends.source.expect(Request)
+    served.answer(7, 1)
+    served.answer(7, 2)
     error = served.failure()
     assert isinstance(error, ProtocolError)
-    assert "does not owe" in error.cause
-    assert served.touch(7).result() == b"\1"
+    assert "page 7 of block 0, which it was not asked for" in error.cause
+    assert touch.result() == b"\1"
+    assert served.ram.pages == _PAGES - 1
 
 
 def test_close_is_no_failure_and_closes_again(served: Served) -> None:
