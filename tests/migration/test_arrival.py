@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from support.connected import Ends, connected
+from support.own_memory import nothing_left
 from support.patient_machine import PatientMachine
 from support.require import require
 from support.touching import Touch
@@ -17,7 +18,7 @@ from dirtylog.linux.mapping import MemfdMapping
 from dirtylog.machine import RunState
 from dirtylog.migration import Listener, Status, connect, parse_address
 from dirtylog.migration import arrival as arrival_module
-from dirtylog.migration.arrival import Arrival
+from dirtylog.migration.arrival import Arrival, check_machine
 from dirtylog.migration.channel import Channel
 from dirtylog.migration.messages import (
     Failed,
@@ -26,6 +27,7 @@ from dirtylog.migration.messages import (
     Lacking,
     Message,
     Owed,
+    Page,
     Pages,
     PassDone,
     PassEnd,
@@ -45,6 +47,11 @@ _OWED = (10, 4)
 
 def _table(first: int, count: int = 1) -> np.ndarray[tuple[int, int], np.dtype[np.int64]]:
     return np.array([[first, count]], np.int64)
+
+
+def _filled(*values: int) -> bytes:
+    """A page of each."""
+    return b"".join(bytes([value]) * PAGE_SIZE for value in values)
 
 
 class Arriving:
@@ -126,9 +133,17 @@ class Arriving:
         """The first byte of each page that was owed."""
         return [self.machine.system.read(page * PAGE_SIZE, 1)[0] for page in range(10, 14)]
 
-    @staticmethod
-    def send(channel: Channel, page: int, value: int) -> None:
-        channel.send(Pages(0, _table(page)), [memoryview(bytes([value]) * PAGE_SIZE)])
+    def send(self, page: int, value: int) -> None:
+        self.main.send(Pages(0, _table(page)), [memoryview(_filled(value))])
+
+    def answer(self, page: int, value: int) -> None:
+        self.urgent.send(Page(0, page), [memoryview(_filled(value))])
+
+    def ask(self, page: int) -> Touch:
+        """Have somebody wait for a page, and the source asked for it."""
+        touch = self.touch(page)
+        assert self.urgent.expect(Request) == Request(0, page)
+        return touch
 
     def finish(self, task: Task, number: int = 7) -> None:
         self.main.send(PassEnd(number))
@@ -148,8 +163,8 @@ def test_machine_that_cannot_wait_is_refused_and_nothing_is_left_open() -> None:
             raise UsageError("cannot wait")
 
     machine = Impatient()
-    with pytest.raises(UsageError, match="cannot wait"):
-        Arrival(machine, _SESSION, lambda _: None)
+    with nothing_left(), pytest.raises(UsageError, match="cannot wait"):
+        check_machine(machine)
     machine.close()
     machine.memory.close()
 
@@ -171,16 +186,16 @@ def test_source_that_gives_up_while_it_says_what_it_owes_is_heard(arriving: Arri
 
 def test_page_is_had_while_the_state_is_loaded(arriving: Arriving) -> None:
     arriving.begin()
-    touch = arriving.touch(11)
-    assert arriving.urgent.expect(Request) == Request(0, 11)
-    arriving.send(arriving.urgent, 11, 0xAB)
+    touch = arriving.ask(11)
+    arriving.answer(11, 0xAB)
     assert touch.result() == b"\xab"
 
 
 def test_pages_come_on_both_channels_until_all_are_there(arriving: Arriving) -> None:  # D1
     task = arriving.run()
-    arriving.send(arriving.main, 10, 1)
-    arriving.send(arriving.urgent, 13, 4)
+    arriving.send(10, 1)
+    arriving.ask(13)
+    arriving.answer(13, 4)
     arriving.main.send(ZeroPages(0, _table(11, 2)))
     arriving.finish(task)
     assert arriving.contents() == [1, 0, 0, 4]
@@ -188,12 +203,41 @@ def test_pages_come_on_both_channels_until_all_are_there(arriving: Arriving) -> 
     assert arriving.arrival.lost is None
 
 
+def test_late_copy_of_a_page_that_was_asked_for_changes_nothing(arriving: Arriving) -> None:  # M9
+    task = arriving.run()
+    touch = arriving.ask(11)
+    arriving.answer(11, 2)
+    assert touch.result() == b"\2"
+    arriving.machine.system.write(11 * PAGE_SIZE, b"\x99")
+    arriving.main.send(Pages(0, _table(10, 3)), [memoryview(_filled(1, 2, 3))])
+    arriving.send(13, 4)
+    arriving.finish(task)
+    assert arriving.contents() == [1, 0x99, 3, 4]
+
+
+def test_answer_that_is_behind_the_copy_in_its_turn_changes_nothing(arriving: Arriving) -> None:  # M9
+    task = arriving.run()
+    touch = arriving.ask(11)
+    arriving.send(11, 2)
+    assert touch.result() == b"\2"
+    arriving.machine.system.write(11 * PAGE_SIZE, b"\x99")
+    arriving.answer(11, 2)
+    arriving.ask(13)
+    arriving.answer(13, 4)  # once this one is there, so is the one before it
+    wait_until(lambda: arriving.arrival.pages == 2, "both came")
+    arriving.main.send(ZeroPages(0, _table(10)))
+    arriving.main.send(ZeroPages(0, _table(12, 2)))
+    arriving.finish(task)
+    assert arriving.contents() == [0, 0x99, 0, 4]
+
+
 def test_end_that_overtakes_the_urgent_channel_waits_for_it(arriving: Arriving) -> None:
     task = arriving.run()
+    arriving.ask(13)
     arriving.main.send(ZeroPages(0, _table(10, 3)))
     arriving.main.send(PassEnd(1))
     wait_until(lambda: arriving.arrival.pages == 1, "the others came")
-    arriving.send(arriving.urgent, 13, 4)
+    arriving.answer(13, 4)
     assert arriving.main.expect(PassDone).number == 1
     task.join()
 
@@ -203,13 +247,30 @@ def _says_it_is_all(arriving: Arriving) -> None:
 
 
 def _sends_what_is_not_owed(arriving: Arriving) -> None:
-    arriving.send(arriving.main, 9, 1)
+    arriving.send(9, 1)
 
 
 def _sends_it_twice(arriving: Arriving) -> None:
-    arriving.send(arriving.main, 10, 1)
-    wait_until(lambda: arriving.arrival.pages == 3, "it came once")
-    arriving.send(arriving.urgent, 10, 2)
+    arriving.send(10, 1)
+    arriving.send(10, 2)
+
+
+def _answers_what_it_was_not_asked_for(arriving: Arriving) -> None:
+    arriving.answer(10, 1)
+
+
+def _answers_twice(arriving: Arriving) -> None:
+    arriving.ask(10)
+    arriving.answer(10, 1)
+    arriving.answer(10, 2)
+
+
+def _sends_an_answered_page_twice(arriving: Arriving) -> None:
+    arriving.ask(10)
+    arriving.answer(10, 1)
+    wait_until(lambda: arriving.arrival.pages == 3, "it came")
+    arriving.send(10, 1)
+    arriving.send(10, 2)
 
 
 def _gives_up(arriving: Arriving) -> None:
@@ -220,14 +281,22 @@ def _says_something_else_urgently(arriving: Arriving) -> None:
     arriving.urgent.send(PassEnd(1))
 
 
+def _sends_in_its_turn_urgently(arriving: Arriving) -> None:
+    arriving.urgent.send(Pages(0, _table(10)), [memoryview(_filled(1))])
+
+
 @pytest.mark.parametrize(
     ("wrong", "cause"),
     [
         (_says_it_is_all, "the source says that it sent all, and 4 pages are missing"),
         (_sends_what_is_not_owed, "pages of block 'ram' that it does not owe"),
         (_sends_it_twice, "pages of block 'ram' that it does not owe"),
+        (_sends_an_answered_page_twice, "pages of block 'ram' that it does not owe"),
+        (_answers_what_it_was_not_asked_for, "page 10 of block 0, which it was not asked for"),
+        (_answers_twice, "page 10 of block 0, which it was not asked for"),
         (_gives_up, "the source gave up: no more power"),
         (_says_something_else_urgently, "the source sent PassEnd where only pages are expected"),
+        (_sends_in_its_turn_urgently, "the source sent Pages where only pages are expected"),
     ],
 )
 def test_source_that_does_something_wrong_is_left_and_another_connection_waited_for(  # M5
@@ -259,9 +328,8 @@ def test_connection_lost_when_nothing_is_owed_any_more_ends_it(arriving: Arrivin
 @pytest.mark.parametrize("lost", ["main", "urgent"])
 def test_recovery_says_what_is_lacking_and_asks_again_for_what_is_waited_for(arriving: Arriving, lost: str) -> None:
     task = arriving.run()
-    arriving.send(arriving.main, 10, 1)
-    touch = arriving.touch(12)
-    assert arriving.urgent.expect(Request) == Request(0, 12)
+    arriving.send(10, 1)
+    touch = arriving.ask(12)
     wait_until(lambda: arriving.arrival.pages == 3, "one page came")
     (arriving.main if lost == "main" else arriving.urgent).abort()
     arriving.wait_for(Status.POSTCOPY_PAUSED)
@@ -273,7 +341,7 @@ def test_recovery_says_what_is_lacking_and_asks_again_for_what_is_waited_for(arr
     assert touch.waits
     arriving.join(listener)
     assert arriving.urgent.expect(Request) == Request(0, 12)
-    arriving.send(arriving.urgent, 12, 3)
+    arriving.answer(12, 3)
     assert touch.result() == b"\3"
     arriving.main.send(ZeroPages(0, _table(11)))
     arriving.main.send(ZeroPages(0, _table(13)))
@@ -290,7 +358,7 @@ def test_recovery_says_what_is_lacking_and_asks_again_for_what_is_waited_for(arr
 def test_connection_may_be_lost_any_number_of_times(arriving: Arriving) -> None:
     task = arriving.run()
     for page in range(10, 13):
-        arriving.send(arriving.main, page, page)
+        arriving.send(page, page)
         wait_until(lambda page=page: arriving.arrival.pages == 13 - page, "the page came")  # type: ignore[misc]
         arriving.main.abort()
         arriving.wait_for(Status.POSTCOPY_PAUSED, page - 9)
@@ -298,7 +366,7 @@ def test_connection_may_be_lost_any_number_of_times(arriving: Arriving) -> None:
         assert arriving.resume(listener) == [Lacking(0, _table(page + 1, 13 - page)), Resumed()]
         arriving.join(listener)
         arriving.wait_for(Status.POSTCOPY_ACTIVE, page - 8)
-    arriving.send(arriving.main, 13, 13)
+    arriving.send(13, 13)
     arriving.finish(task)
     assert arriving.contents() == [10, 11, 12, 13]
 
@@ -333,21 +401,20 @@ def test_stranger_at_the_recovery_address_is_turned_away(arriving: Arriving, sai
     assert arriving.statuses.count(Status.POSTCOPY_RECOVER) == 1
 
 
-def test_stranger_in_the_place_of_the_urgent_channel_gets_nothing(arriving: Arriving) -> None:  # M5
+def test_stranger_in_the_place_of_the_urgent_channel_is_told_so_and_the_right_one_is_waited_for(  # M5, M10
+    arriving: Arriving,
+) -> None:
     task = arriving.run()
     arriving.lose()
     listener = arriving.listen()
     arriving.resume(listener)
     stranger = arriving.connect(listener)
     stranger.send(Join(bytes(16)))
-    with pytest.raises(DisconnectedError):
-        stranger.receive()
-    with pytest.raises(DisconnectedError):
-        arriving.main.expect(PassDone)
-    arriving.resume(listener)  # the source may try again
+    assert stranger.receive() == Failed("this is not the migration that is to be resumed")
     arriving.join(listener)
     arriving.main.send(ZeroPages(0, _table(*_OWED)))
     arriving.finish(task)
+    assert arriving.statuses.count(Status.POSTCOPY_RECOVER) == 1
 
 
 def test_connection_that_is_lost_again_while_it_recovers_is_waited_for_anew(arriving: Arriving) -> None:
