@@ -4,7 +4,7 @@ import ctypes
 import mmap
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Final
 
@@ -57,24 +57,38 @@ def mapped_file(folder: Path, pages: int, flags: int = SHARED) -> mmap.mmap:
 
 @contextmanager
 def huge_pages(count: int, flags: int = PRIVATE) -> Iterator[mmap.mmap]:
-    """Pages of hugetlbfs. The host is asked for them meanwhile if it has none to spare; else the test is skipped."""
-    flags |= mmap.MAP_ANONYMOUS | _MAP_HUGETLB
-    size = count * HUGE_PAGE_SIZE
-    before = _NR_HUGEPAGES.read_text() if _NR_HUGEPAGES.exists() else ""
-    try:
-        memory = mmap.mmap(-1, size, flags=flags)
-    except OSError:
-        may_ask = os.access(_NR_HUGEPAGES, os.W_OK)
-        require("hugetlb", may_ask, "no huge pages are free, and this user cannot set vm.nr_hugepages")
-        _NR_HUGEPAGES.write_text(str(int(before) + count))
-        try:
-            gained = int(_NR_HUGEPAGES.read_text()) >= int(before) + count
-            require("hugetlb", gained, "the kernel finds no memory for huge pages")
-            yield mmap.mmap(-1, size, flags=flags)
-        finally:
-            _NR_HUGEPAGES.write_text(before)
-    else:
+    """Pages of hugetlbfs. The host is asked for them meanwhile if it has none to spare; else the test is skipped.
+
+    They go back to the host at the end, and who holds the mapping still has ordinary memory there: an error that was
+    caught keeps all that its test had, and what is in use would be lacking in the next.
+    """
+    with ExitStack() as stack:
+        memory = _map_huge_pages(count, flags)
+        if memory is None:
+            may_ask = os.access(_NR_HUGEPAGES, os.W_OK)
+            require("hugetlb", may_ask, "no huge pages are free, and this user cannot set vm.nr_hugepages")
+            before = _NR_HUGEPAGES.read_text()
+            stack.callback(_NR_HUGEPAGES.write_text, before)
+            _NR_HUGEPAGES.write_text(str(int(before) + count))
+            memory = _map_huge_pages(count, flags)
+            require("hugetlb", memory is not None, "the kernel finds no memory for huge pages, or others took them")
+            assert memory is not None
+        stack.callback(_map_ordinary, address_of(memory), len(memory))
         yield memory
+
+
+def _map_huge_pages(count: int, flags: int) -> mmap.mmap | None:
+    """None if the host does not have them to spare."""
+    try:
+        return mmap.mmap(-1, count * HUGE_PAGE_SIZE, flags=flags | mmap.MAP_ANONYMOUS | _MAP_HUGETLB)
+    except OSError:
+        return None
+
+
+def _map_ordinary(address: int, size: int) -> None:
+    """Map memory in the place of other memory, in one step."""
+    flags = PRIVATE | mmap.MAP_ANONYMOUS | _MAP_FIXED
+    assert _libc.mmap(address, size, _READ_WRITE, flags, -1, 0) == address
 
 
 def _array_at(address: int, size: int) -> Bytes:
@@ -102,10 +116,7 @@ class Unowned:
 
     def replace(self, first: int = 0, count: int | None = None) -> None:
         """Map other memory in its place, in one step."""
-        address = self.address + first * PAGE_SIZE
-        size = self.size if count is None else count * PAGE_SIZE
-        flags = PRIVATE | mmap.MAP_ANONYMOUS | _MAP_FIXED
-        assert _libc.mmap(address, size, _READ_WRITE, flags, -1, 0) == address
+        _map_ordinary(self.address + first * PAGE_SIZE, self.size if count is None else count * PAGE_SIZE)
 
 
 def require_write_watch() -> None:
