@@ -196,9 +196,10 @@ def test_source_that_is_killed_ends_the_destination_without_the_guest(
     with _under_way(place, options) as (source, destination, migration):
         source.kill()
         assert destination.wait() == 5
-        assert _line(destination.err) == (
-            "the connection to the source ended before the migration did;"
-            " the guest was not handed over and is not started here"
+        assert re.fullmatch(  # a connection is reset if the source has not read all that it was told
+            "the connection to the source ended before the migration did(: Connection reset by peer|: Broken pipe)?;"
+            " the guest was not handed over and is not started here",
+            _line(destination.err),
         )
         assert destination.out == ""
         assert migration.wait() == 5

@@ -78,8 +78,11 @@ def test_sides_that_do_not_accept_each_other_say_why_and_both_go_on(
             with dirtylog("migrate", place.path("source.qmp"), uri, "--tls-creds", directory) as migration:
                 assert migration.wait() == 5
                 assert f"the destination refused the TLS connection: {theirs}" in migration.err
-            warning = f"dirtylog: warning: turned a connection away: the source's certificate is not accepted: {ours}"
-            wait_until(lambda warning=warning: warning in destination.err, "the destination said why")  # type: ignore[misc]
+            told = f"dirtylog: refused a connection from {HOST}:"
+            cause = f": the source's certificate is not accepted: {ours}"
+            wait_until(lambda cause=cause: cause in destination.err, "the destination said why")  # type: ignore[misc]
+            *_, line = destination.err.splitlines()
+            assert line.startswith(told), line
         with dirtylog("migrate", place.path("source.qmp"), uri, "--tls-creds", creds) as migration:
             assert migration.wait() == 0, migration.err
         place.check_runs_on(destination)
