@@ -21,7 +21,7 @@ import click
 from rich.console import Console
 
 from dirtylog.cli.main import exit_status
-from dirtylog.errors import CancelledError, DirtylogError, GuestError
+from dirtylog.errors import CancelledError, DirtylogError, DisconnectedError, GuestError
 from dirtylog.guests import dirtier
 from dirtylog.linux.kvm import KVM
 from dirtylog.machine import KVMMachine, PCMachine, RunState, UnicornMachine, boot_sector
@@ -42,7 +42,7 @@ _FIRST: Final = 1 * MIB
 _LAST: Final = 9 * MIB
 _SECONDS: Final = 30.0
 _WARM: Final = 20
-"""Moves after which nothing may grow any more."""
+"""Moves after which no descriptor and thread may be left over; memory comes to rest after a hundred or so."""
 _MORE_MEMORY: Final = 64 * MIB
 
 
@@ -148,13 +148,13 @@ def move(source: Guest, make: Callable[..., PCMachine], way: Move, folder: Path)
             try:
                 with _interfering(way, outgoing, incoming, folder):
                     outgoing.run()
-            except CancelledError:
-                if way.cancel is None:
+            except (CancelledError, DisconnectedError):
+                if way.cancel is None and incoming.status is not Status.COMPLETED:
                     raise
                 incoming.abort()
-        if outgoing.status is Status.COMPLETED:
+        moved = incoming.status is Status.COMPLETED
+        if moved:
             arrived.check()
-    moved = outgoing.status is Status.COMPLETED
     here, there = (destination, source) if moved else (source, destination)
     if there.machine.state is RunState.RUNNING or here.machine.state is not RunState.RUNNING:
         raise GuestError(f"the guest is {there.machine.state.value} where it was, and {here.machine.state.value} here")
@@ -203,6 +203,9 @@ def _interfering(way: Move, outgoing: OutgoingMigration, incoming: IncomingMigra
                 outgoing.pause()
                 break
         while way.pause and not over.wait(0.001):
+            if outgoing.status is Status.POSTCOPY_PAUSED and incoming.status is Status.COMPLETED:
+                outgoing.cancel()  # the last answer was lost, and nobody is there to say it again
+                return
             if outgoing.status is incoming.status is Status.POSTCOPY_PAUSED:
                 _recover(outgoing, incoming, f"unix:{folder}/again")
                 return
