@@ -4,8 +4,10 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from dataclasses import replace
+from itertools import repeat
 from pathlib import Path
 
+import numpy as np
 import pytest
 from support.custody import Custody
 from support.running import FIRST, LAST, RunningPC
@@ -26,7 +28,9 @@ from dirtylog.migration import (
     Status,
     parse_address,
 )
+from dirtylog.migration.absent import AbsentRAM
 from dirtylog.migration.batch import Batch
+from dirtylog.migration.messages import Lacking
 from dirtylog.migration.owed import OwedPages
 from dirtylog.units import MIB, PAGE_SIZE
 
@@ -198,6 +202,34 @@ def test_source_that_gives_up_keeps_the_guest_stopped(pair: Pair, gate: Gate, st
     assert isinstance(pair.leaving.error(), DisconnectedError)
     assert pair.outgoing.status is Status.FAILED
     assert pair.source.machine.state is RunState.POSTMIGRATE
+
+
+def test_source_that_ends_while_it_sends_says_what_that_means(pair: Pair, gate: Gate, stack: ExitStack) -> None:  # M1
+    _hand_over(pair, stack)
+    wait_until(lambda: pair.outgoing.status is Status.POSTCOPY_ACTIVE, "the rest is sent")
+    pair.outgoing.close()
+    gate.open()
+    error = pair.leaving.error()
+    assert isinstance(error, DisconnectedError)
+    assert "the rest of the guest's memory was not sent" in error.cause
+    assert pair.source.machine.state is RunState.POSTMIGRATE
+    wait_until(lambda: pair.incoming.status is Status.POSTCOPY_PAUSED, "the destination waits")
+
+
+def test_destination_that_lacks_more_than_there_is_is_left_alone(  # M5
+    pair: Pair, gate: Gate, stack: ExitStack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _lose(pair, gate, stack)
+    page = Lacking(0, np.array([[0, 1]]))
+    with monkeypatch.context() as patch:
+        patch.setattr(AbsentRAM, "lacking", lambda _: repeat(page, 8 * MIB // PAGE_SIZE + 1))
+        listener = Listener(parse_address(f"unix:{tmp_path}/liar"))
+        pair.incoming.recover(lambda: listener)
+        pair.outgoing.resume(listener.address)
+        wait_until(lambda: pair.outgoing.status is Status.POSTCOPY_PAUSED, "it is left alone")
+        assert "lacks more pages than there are" in str(pair.outgoing.lost)
+    _recover(pair, tmp_path)
+    pair.check()
 
 
 def test_memory_that_is_missing_is_fetched_for_the_host_and_not_watched(

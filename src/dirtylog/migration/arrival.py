@@ -146,9 +146,9 @@ class Arrival:
 
     def close(self) -> None:
         """Fetch no more. If something is missing still, the guest is stopped first, as it cannot go on. Idempotent."""
+        self._end_service()
         if self._ram.pages and self._machine.state is RunState.RUNNING:
             self._stop_guest()
-        self._end_service()
         self._ram.close()
 
     def _stop_guest(self) -> None:

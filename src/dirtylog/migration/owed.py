@@ -101,6 +101,11 @@ class OwedPages:
         with self._lock:
             return sum(block.owed.count() for block in self._blocks)
 
+    @property
+    def total(self) -> int:
+        """How many pages there are, owed or not."""
+        return sum(each.block.pages for each in self._blocks)
+
     def announcements(self) -> Iterator[Owed]:
         """They, for the destination."""
         for block in self._blocks:

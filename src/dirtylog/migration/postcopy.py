@@ -10,7 +10,15 @@ from collections.abc import Callable
 from queue import SimpleQueue
 from typing import Final
 
-from dirtylog.errors import DirtylogError, DisconnectedError, PeerError, ProtocolError, RefusedError, UsageError
+from dirtylog.errors import (
+    CancelledError,
+    DirtylogError,
+    DisconnectedError,
+    PeerError,
+    ProtocolError,
+    RefusedError,
+    UsageError,
+)
 from dirtylog.migration.address import Address, FileAddress
 from dirtylog.migration.channel import HANDSHAKE_TIMEOUT, STALL_TIMEOUT, Channel
 from dirtylog.migration.connections import Connections
@@ -109,6 +117,8 @@ class Postcopy:
                     return
                 except PeerError as error:
                     self.lost = error
+                except CancelledError as error:
+                    raise _unsent(error) from error
             self._reconnect(self.lost)
 
     def _adopt(self, main: Outlet, urgent: Outlet) -> None:
@@ -149,10 +159,7 @@ class Postcopy:
             self._enter(Status.POSTCOPY_PAUSED)
             address = self._addresses.get()
             if address is None or self._given_up.is_set():
-                raise DisconnectedError(
-                    f"the rest of the guest's memory was not sent: {lost.cause}",
-                    remedy="the guest cannot go on without it where it is",
-                ) from lost
+                raise _unsent(lost) from lost
             try:
                 self._go_on(address)
             except PeerError as error:
@@ -168,11 +175,22 @@ class Postcopy:
         main.set_timeout(HANDSHAKE_TIMEOUT)
         main.send(Resume(self._session))
         lacking: list[Lacking] = []
+        left = self._owed.total
         while not isinstance(message := main.receive(), Resumed):
             if isinstance(message, Failed):
                 raise RefusedError(f"the destination gave up: {message.reason}")
             if not isinstance(message, Lacking):
                 raise ProtocolError(f"the destination sent {type(message).__name__} instead of what it lacks")
             lacking.append(message)
+            left -= len(message.runs)  # each has a page at least, and no page is named twice
+            if left < 0:
+                raise ProtocolError("the destination lacks more pages than there are")
         self._owed.replace(lacking)
         self._adopt(main, self._connections.join(address, self._session))
+
+
+def _unsent(why: DirtylogError) -> DisconnectedError:
+    return DisconnectedError(
+        f"the rest of the guest's memory was not sent: {why.cause}",
+        remedy="the guest cannot go on without it where it is",
+    )
