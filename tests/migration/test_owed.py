@@ -164,7 +164,8 @@ def test_runs_of_a_hole_fit_one_message(memory: Memory, monkeypatch: pytest.Monk
     assert sent == sorted(odd)
 
 
-def test_order_goes_on_where_was_asked_last(memory: Memory) -> None:
+def test_order_goes_on_where_was_asked_last(memory: Memory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dirtylog.migration.owed._BATCH_PAGES", 100)
     source = Source(memory, _everything, set(), _everything)
     assert source.ask((0, 500)) == [(0, 500)]
     assert source.take()[0] == (0, 501)
@@ -172,7 +173,7 @@ def test_order_goes_on_where_was_asked_last(memory: Memory) -> None:
     assert source.take() == [(1, page) for page in range(61, 70)]
     assert source.take()[0] == (0, 0)
     assert source.ask((0, 500)) == []  # it was sent; what is next is near there all the same
-    assert source.take()[0] == (0, 501 + _BATCH_PAGES)
+    assert source.take()[0] == (0, 601)
 
 
 def test_announcements_name_what_is_owed(memory: Memory) -> None:
