@@ -42,7 +42,9 @@ _FIRST: Final = 1 * MIB
 _LAST: Final = 9 * MIB
 _SECONDS: Final = 30.0
 _WARM: Final = 20
-"""Moves after which no descriptor and thread may be left over; memory comes to rest after a hundred or so."""
+"""Moves after which no further descriptor and thread may be left over."""
+_SETTLED: Final = 100
+"""Moves after which malloc has its arenas, and memory is at rest but for what it happens to hold."""
 _MORE_MEMORY: Final = 64 * MIB
 
 
@@ -262,14 +264,16 @@ def command(moves: int, accel: str, seed: int | None) -> None:
             except DirtylogError as error:
                 raise GuestError(f"move {number} ({way}; --seed {chosen}): {error}") from error
             if number == _WARM:
-                before, resident = _used(), _resident()
+                before = _used()
+            if number == min(moves, _SETTLED):
+                resident = _resident()
     after, grown = _used(), _resident() - resident
     guest.machine.close()
     if after[0] > before[0] or after[1] > before[1] or grown > _MORE_MEMORY:
         raise GuestError(f"descriptors and threads grew from {before} to {after}, memory by {grown} bytes")
     console.print(
         f"{moves} moves, {moved} of them completed and the others cancelled; descriptors and threads: {before} after"
-        f" {_WARM} moves, {after} after all; memory since: {grown / MIB:+.1f} MiB"
+        f" {_WARM} moves, {after} after all; memory since move {min(moves, _SETTLED)}: {grown / MIB:+.1f} MiB"
     )
 
 
