@@ -10,7 +10,7 @@ from typing import Final, Self
 
 import numpy as np
 
-from dirtylog.errors import CancelledError, DirtylogError, PeerError, ProtocolError, RefusedError
+from dirtylog.errors import CancelledError, DirtylogError, PeerError, ProtocolError
 from dirtylog.linux.missing import MissingFaults
 from dirtylog.machine import Machine, RunState
 from dirtylog.migration.absent import AbsentRAM
@@ -20,7 +20,6 @@ from dirtylog.migration.fault_service import FaultService
 from dirtylog.migration.listener import Listener
 from dirtylog.migration.messages import (
     MAX_BATCH_PAGES,
-    Failed,
     Join,
     Joined,
     Message,
@@ -92,10 +91,8 @@ class Arrival:
         while isinstance(following, Owed):
             self._ram.owe(following)
             following = main.receive()
-        if isinstance(following, Failed):
-            raise RefusedError(f"the source gave up: {following.reason}")
         if not isinstance(following, State):
-            raise ProtocolError(f"the source sent {type(following).__name__} where its state is expected")
+            raise main.unexpected(following, "where its state is expected")
         self._ram.begin()
         self._serve_faults(main, urgent)
         return following
@@ -133,8 +130,7 @@ class Arrival:
         """Cut the connection."""
         with self._lock:
             if isinstance(self._current, Channel):
-                self._current.stop_sending()
-                self._current.stop_receiving()
+                self._current.cut()
 
     def abort(self) -> None:
         """Make `run` fail."""
@@ -165,13 +161,9 @@ class Arrival:
         thread.join()
 
     def _serve_faults(self, main: Channel, urgent: Channel) -> None:
-        def cut() -> None:
-            main.stop_sending()
-            main.stop_receiving()
-
         self._use(main)
         main.use_short_calls()
-        self._service = FaultService(urgent, self._ram, cut)
+        self._service = FaultService(urgent, self._ram, main.cut)
 
     def _end_service(self) -> None:
         service, self._service = self._service, None
@@ -204,10 +196,8 @@ class Arrival:
                 self._ram.receive(main, message, buffer)
             elif isinstance(message, ZeroPages):
                 self._ram.zero(message)
-            elif isinstance(message, Failed):
-                raise RefusedError(f"the source gave up: {message.reason}")
             else:
-                raise ProtocolError(f"the source sent {type(message).__name__} where only pages are expected")
+                raise main.unexpected(message, "where only pages are expected")
         if not self._ram.wait_complete(_COMPLETE_TIMEOUT):
             raise ProtocolError(f"the source says that it sent all, and {self._ram.pages} pages are missing")
         main.send(PassDone(message.number, 0, 0, 0))

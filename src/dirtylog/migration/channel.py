@@ -153,7 +153,7 @@ class Channel:
         message = self.receive()
         if isinstance(message, kind):
             return message
-        raise self._unexpected(message, f"instead of {kind.__name__}")
+        raise self.unexpected(message, f"instead of {kind.__name__}")
 
     def check_quiet(self) -> None:
         """Find out, without waiting, whether the peer still waits for us.
@@ -166,7 +166,7 @@ class Channel:
         with self._io():
             has_arrived = self._stream.has_arrived()
         if has_arrived:
-            raise self._unexpected(self.receive(), "before its time")
+            raise self.unexpected(self.receive(), "before its time")
 
     @property
     def has_buffered(self) -> bool:
@@ -177,7 +177,8 @@ class Channel:
         """
         return self._stream.has_buffered
 
-    def _unexpected(self, message: Message, when: str) -> RefusedError | ProtocolError:
+    def unexpected(self, message: Message, when: str) -> RefusedError | ProtocolError:
+        """The error that a message is which may not come ``when``: the peer gives up, or breaks the protocol."""
         if isinstance(message, Failed):
             return RefusedError(f"the {self.peer} gave up: {message.reason}")
         return ProtocolError(f"the {self.peer} sent {type(message).__name__} {when}")
@@ -206,6 +207,11 @@ class Channel:
     def stop_sending(self) -> None:
         """Make every `send` fail, in whichever thread it waits. What the peer said before can still be received."""
         shut_down(self._socket, socket.SHUT_WR)
+
+    def cut(self) -> None:
+        """Make every call fail, in whichever thread it waits, as if the network had."""
+        self.stop_sending()
+        self.stop_receiving()
 
     def last_words(self) -> RefusedError | None:
         """After the connection failed: what the peer may have said before it ended, as an error."""

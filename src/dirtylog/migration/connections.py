@@ -80,8 +80,7 @@ class Connections:
         """Make calls on those that are open fail, as if the network had."""
         with self._lock:
             for channel in self._channels:
-                channel.stop_sending()
-                channel.stop_receiving()
+                channel.cut()
 
     def close(self) -> None:
         """Close all that are open. They are disowned before: from then on their descriptors' numbers may be others'."""

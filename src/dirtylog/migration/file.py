@@ -119,7 +119,7 @@ class FileOutlet:
         """Make the next call fail."""
         self._aborted = True
 
-    def stop_receiving(self) -> None:
+    def cut(self) -> None:
         """Make the next call fail."""
         self._aborted = True
 

@@ -4,10 +4,9 @@ import threading
 import time
 from collections.abc import Callable
 
-from dirtylog.errors import ProtocolError, RefusedError
 from dirtylog.linux.process import thread_starved_ns
 from dirtylog.migration.channel import Channel
-from dirtylog.migration.messages import EncodedPages, Failed, Message, Pages, PassDone, PassEnd, ZeroPages
+from dirtylog.migration.messages import EncodedPages, Message, Pages, PassDone, PassEnd, ZeroPages
 from dirtylog.migration.ram import IncomingRAM
 from dirtylog.units import PAGE_SIZE
 
@@ -37,10 +36,8 @@ class Filler:
             self._ram.zero(message)
         elif isinstance(message, PassEnd):
             self._end_pass(message.number)
-        elif isinstance(message, Failed):
-            raise RefusedError(f"the source gave up: {message.reason}")
         else:
-            raise ProtocolError(f"the source sent {type(message).__name__} where only memory is expected")
+            raise self._channel.unexpected(message, "where only memory is expected")
 
     def _decode(self, message: EncodedPages) -> None:
         data = bytearray(message.size)

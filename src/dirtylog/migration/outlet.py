@@ -28,8 +28,8 @@ class Outlet(Protocol):
     def stop_sending(self) -> None:
         """Make every `send` fail, in whichever thread it waits."""
 
-    def stop_receiving(self) -> None:
-        """Make every `expect` fail, in whichever thread it waits."""
+    def cut(self) -> None:
+        """Make every call fail, in whichever thread it waits, as if the network had."""
 
     def last_words(self) -> RefusedError | None:
         """After the connection failed: what the destination may have said before, as an error."""

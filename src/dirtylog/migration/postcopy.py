@@ -16,14 +16,13 @@ from dirtylog.errors import (
     DisconnectedError,
     PeerError,
     ProtocolError,
-    RefusedError,
     UsageError,
 )
 from dirtylog.migration.address import Address, FileAddress
 from dirtylog.migration.channel import HANDSHAKE_TIMEOUT, STALL_TIMEOUT, Channel
 from dirtylog.migration.connections import Connections
 from dirtylog.migration.economy import Economy
-from dirtylog.migration.messages import Failed, Lacking, PassDone, PassEnd, Resume, Resumed
+from dirtylog.migration.messages import Lacking, PassDone, PassEnd, Resume, Resumed
 from dirtylog.migration.outlet import Outlet
 from dirtylog.migration.owed import OwedPages
 from dirtylog.migration.parameters import Parameters
@@ -177,10 +176,8 @@ class Postcopy:
         lacking: list[Lacking] = []
         left = self._owed.total
         while not isinstance(message := main.receive(), Resumed):
-            if isinstance(message, Failed):
-                raise RefusedError(f"the destination gave up: {message.reason}")
             if not isinstance(message, Lacking):
-                raise ProtocolError(f"the destination sent {type(message).__name__} instead of what it lacks")
+                raise main.unexpected(message, "instead of what it lacks")
             lacking.append(message)
             left -= len(message.runs)  # each has a page at least, and no page is named twice
             if left < 0:

@@ -75,8 +75,7 @@ class UrgentLane:
     def close(self) -> None:
         """End the thread; idempotent."""
         self._closing = True
-        self._channel.stop_sending()
-        self._channel.stop_receiving()
+        self._channel.cut()
         self._thread.join()
 
     def check(self) -> None:
@@ -91,8 +90,7 @@ class UrgentLane:
         except Exception as error:  # noqa: BLE001 - raised by `check`
             if not self._closing:
                 self._error = error
-                self._main.stop_sending()
-                self._main.stop_receiving()
+                self._main.cut()
 
     def _answer(self, request: Request) -> None:
         (block, was_owed), page = self._owed.answer(request), request.page
