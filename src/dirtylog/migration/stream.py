@@ -15,7 +15,7 @@ _FILE_SIZE: Final = 64 * KIB
 
 _UNLIMITED: Final = 1 << 62
 _SHORT: Final = 8 * KIB
-"""Some 5 us. Measured with postcopy, whose guest waits for a CPU too: with 16 KiB it waits half as long again."""
+"""A few microseconds: for postcopy, whose guest waits for a CPU like everybody else."""
 
 
 class Stream(Protocol):
