@@ -7,7 +7,7 @@ import pytest
 from support.connected import Ends, connected
 from support.require import require
 from support.touching import Touch
-from support.waiting import Task, wait_until
+from support.waiting import BOUND, Task, wait_until
 
 from dirtylog.errors import DirtylogError, DisconnectedError, HostError, ProtocolError
 from dirtylog.linux.mapping import MemfdMapping
@@ -60,7 +60,7 @@ class Served:
     def failure(self) -> DirtylogError:
         wait_until(self.failed.is_set, "the service failed")
         with pytest.raises(DirtylogError) as caught:
-            self.service.check()
+            self.service.join()
         return caught.value
 
 
@@ -108,6 +108,16 @@ def test_what_was_asked_for_before_it_began_is_asked_for(served: Served) -> None
         service.close()
 
 
+def test_thread_that_joins_it_serves_while_it_waits(served: Served) -> None:
+    attention = served.service.join()
+    serving = Task(lambda: attention.until(lambda: served.ram.pages < _PAGES, BOUND))
+    touch = served.touch(7)
+    assert served.ends.source.expect(Request) == Request(0, 7)
+    served.answer(7, 0x77)
+    assert touch.result() == b"\x77"
+    serving.join()
+
+
 def test_lost_connection_is_told_of(served: Served) -> None:
     served.ends.source.abort()
     assert isinstance(served.failure(), DisconnectedError)
@@ -151,7 +161,6 @@ def test_close_is_no_failure_and_closes_again(served: Served) -> None:
     served.ends.source.expect(Request)
     served.service.close()
     served.service.close()
-    served.service.check()
     assert not served.failed.is_set()
     assert touch.waits  # until another connection brings it
     with pytest.raises(DisconnectedError):

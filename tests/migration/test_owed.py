@@ -62,8 +62,9 @@ class Source:
 
     def ask(self, place: Place) -> list[Place]:
         """The page, if it was owed; it is to be sent in any case."""
-        block, was_owed = self.owed.answer(Request(*place))
+        block, was_owed, is_hole = self.owed.answer(Request(*place))
         assert block is self.blocks[place[0]]
+        assert not (is_hole and self._contents(*place).any())
         return [place] if was_owed else []
 
     def _contents(self, block: int, page: int) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:

@@ -30,7 +30,7 @@ class _Paced(Pacer):
     """A pacer whose rate is said with each piece."""
 
     def __init__(self, cancelled: threading.Event) -> None:
-        super().__init__(cancelled, lambda: self.rate)
+        super().__init__(lambda seconds: cancelled.wait(seconds), lambda: self.rate)
         self.rate = 0
         self.begin()
 
@@ -140,11 +140,11 @@ def test_no_sequence_of_pieces_exceeds_the_rate(sizes: list[int], rate: int) -> 
 
 def test_rate_that_is_raised_shortens_the_wait_under_way(clock: _Clock) -> None:
     rates = iter([10, *[10] * 5, *[1000] * 100])
-    Pacer(clock, lambda: next(rates)).pace(100)
+    Pacer(clock.wait, lambda: next(rates)).pace(100)
     assert clock.now < 1000.0 + 1.0  # and not 10 seconds
 
 
 def test_limit_that_is_lifted_ends_the_wait_under_way(clock: _Clock) -> None:
     rates = iter([1, 1, 1, 0])
-    Pacer(clock, lambda: next(rates)).pace(1 << 20)
+    Pacer(clock.wait, lambda: next(rates)).pace(1 << 20)
     assert clock.now < 1000.0 + 1.0

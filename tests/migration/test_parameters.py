@@ -28,7 +28,7 @@ def test_defaults_are_those_of_the_command_line() -> None:
 
 def test_what_is_agreed_on_at_the_beginning_is_what_the_destination_or_the_caches_depend_on() -> None:
     names = {field.name for field in fields(Parameters)}
-    changeable = {"downtime_limit", "max_bandwidth", "switchover_bandwidth"}
+    changeable = {"downtime_limit", "max_bandwidth", "max_postcopy_bandwidth", "switchover_bandwidth"}
     slowing = {"throttle", "vcpu_dirty_limit", "dirty_limit_period"}
     switching = {"postcopy_after", "pause_before_switchover"}
     assert names - Parameters.AGREED == changeable | slowing | switching

@@ -172,7 +172,7 @@ class TestTransfer:
     @given(st.lists(st.integers(0, 3 * 256 * KIB), max_size=6))
     def test_pieces_are_the_buffers_and_all_but_the_last_are_full(self, sizes: list[int]) -> None:
         buffers = [memoryview(bytes([index]) * size) for index, size in enumerate(sizes)]
-        pieces = list(tls_module._pieces(buffers))
+        pieces = list(tls_module._pieces(buffers, 256 * KIB))
         assert b"".join(pieces) == b"".join(buffers)
         assert all(len(piece) == 256 * KIB for piece in pieces[:-1])
         assert all(0 < len(piece) <= 256 * KIB for piece in pieces[-1:])

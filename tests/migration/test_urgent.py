@@ -3,17 +3,17 @@ from contextlib import ExitStack
 
 import pytest
 from support.connected import Ends, connected
-from support.waiting import wait_until
+from support.waiting import Task, wait_until
 
 from dirtylog.errors import DirtylogError, DisconnectedError, ProtocolError
 from dirtylog.memory import Memory
-from dirtylog.migration.messages import Page, PassDone, Request, ZeroPages
+from dirtylog.migration.messages import Failed, Page, Request, ZeroPages
 from dirtylog.migration.owed import OwedPages
 from dirtylog.migration.protocol import Stage
 from dirtylog.migration.ram import DirtyRAM
 from dirtylog.migration.sender import Sent
 from dirtylog.migration.statistics import Statistics
-from dirtylog.migration.urgent import Tally, UrgentLane
+from dirtylog.migration.urgent import Tally, UrgentAnswers
 from dirtylog.units import MIB, PAGE_SIZE
 
 _DATA = 3
@@ -21,7 +21,7 @@ _DATA = 3
 
 
 class Answering:
-    """A lane that owes all of a block, and the destination's ends of both channels."""
+    """Answers about a block all of which is owed, given while the main channel is waited for; and the other ends."""
 
     def __init__(self, stack: ExitStack) -> None:
         memory = Memory()
@@ -34,18 +34,19 @@ class Answering:
         self.tally = Tally(self.statistics)
         self.main: Ends = stack.enter_context(connected(Stage.SERVING))
         self.urgent: Ends = stack.enter_context(connected(Stage.SIDE))
-        self.lane = UrgentLane(self.urgent.source, self.owed, self.tally, self.main.source)
-        stack.callback(self.lane.close)
+        self.answers = UrgentAnswers(self.urgent.source, self.owed, self.tally, self.main.source)
+        self.waiting = Task(self.main.source.receive)
+        stack.callback(self.waiting.error)
+        stack.callback(self.main.source.abort)
 
     def ask(self, page: int) -> None:
         self.urgent.destination.send(Request(0, page))
 
     def failure(self) -> DirtylogError:
         """What ended it; the main channel is cut by then."""
-        with pytest.raises(DisconnectedError):
-            self.main.source.expect(PassDone)
+        assert isinstance(self.waiting.error(), DisconnectedError)
         with pytest.raises(DirtylogError) as caught:
-            self.lane.check()
+            self.answers.check()
         return caught.value
 
 
@@ -109,8 +110,14 @@ def test_lost_connection_ends_the_main_channel(answering: Answering) -> None:
     assert isinstance(answering.failure(), DisconnectedError)
 
 
-def test_close_is_no_failure_and_closes_again(answering: Answering) -> None:
-    answering.lane.close()
-    answering.lane.close()
-    answering.lane.check()
-    answering.main.source.check_quiet()
+def test_other_message_than_a_request_ends_it(answering: Answering) -> None:  # M5
+    answering.urgent.destination.send(Failed("enough"))
+    error = answering.failure()
+    assert isinstance(error, ProtocolError)
+    assert "the destination sent Failed where only requests are expected" in error.cause
+
+
+def test_what_the_destination_said_before_is_heard_though_the_urgent_channel_is_lost(answering: Answering) -> None:
+    answering.main.destination.send(Failed("no more memory"))
+    answering.urgent.destination.abort()
+    answering.waiting.join()

@@ -62,6 +62,12 @@ _HANDED_OVER: Final = "postcopy-"
     help="Keep so much of what was sent, and send what changed, where that saves time; 0 for none.",
 )
 @click.option(
+    "--postcopy-bandwidth",
+    type=RATE,
+    default=0,
+    help="Once the guest has moved, send no faster what it does not wait for. No limit unless given.",
+)
+@click.option(
     "--switchover-bandwidth",
     type=RATE,
     default=0,
@@ -113,6 +119,7 @@ def command(
     channels: int,
     compression: str,
     delta_cache: int,
+    postcopy_bandwidth: int,
     switchover_bandwidth: int,
     auto_converge: bool,
     dirty_limit: int | None,
@@ -140,6 +147,7 @@ def command(
     parameters = Parameters(
         downtime_limit=max_downtime,
         max_bandwidth=bandwidth,
+        max_postcopy_bandwidth=postcopy_bandwidth,
         switchover_bandwidth=switchover_bandwidth,
         clear_chunk=clear_chunk,
         verify=verify,
@@ -207,6 +215,7 @@ def _begin(qmp: QMPClient, uri: str, parameters: Parameters, tls: dict[str, str]
         mode="cpr-transfer" if parameters.share_memory else "normal",
         downtime_limit=round(parameters.downtime_limit * 1000),
         max_bandwidth=parameters.max_bandwidth,
+        max_postcopy_bandwidth=parameters.max_postcopy_bandwidth,
         avail_switchover_bandwidth=parameters.switchover_bandwidth,
         multifd_channels=parameters.channels,
         multifd_compression="none" if parameters.compression is Compression.NONE else "zstd",

@@ -86,6 +86,7 @@ class MigrationParameters(Arguments, frozen=True, omit_defaults=True):
     mode: Literal["normal", "cpr-transfer"] | UnsetType = UNSET
     downtime_limit: Annotated[int, Meta(ge=0, le=2_000_000)] | UnsetType = UNSET
     max_bandwidth: Annotated[int, Meta(ge=0)] | UnsetType = UNSET
+    max_postcopy_bandwidth: Annotated[int, Meta(ge=0)] | UnsetType = UNSET
     avail_switchover_bandwidth: Annotated[int, Meta(ge=0)] | UnsetType = UNSET
     multifd_channels: Annotated[int, Meta(ge=1, le=255)] | UnsetType = UNSET
     multifd_compression: Literal["none", "zstd"] | UnsetType = UNSET
@@ -106,6 +107,7 @@ class MigrationParameters(Arguments, frozen=True, omit_defaults=True):
 
 _NAMES: Final = {
     "max_bandwidth": "max_bandwidth",
+    "max_postcopy_bandwidth": "max_postcopy_bandwidth",
     "avail_switchover_bandwidth": "switchover_bandwidth",
     "multifd_channels": "channels",
     "xbzrle_cache_size": "delta_cache",

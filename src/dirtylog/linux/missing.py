@@ -8,8 +8,7 @@ import ctypes
 import errno
 import os
 import struct
-from dataclasses import dataclass
-from typing import Final, Self
+from typing import Final, NamedTuple, Self
 
 from dirtylog.errors import HostError, KernelError
 from dirtylog.linux.ioctl import ioctl, ior, iowr
@@ -45,8 +44,7 @@ UFFDIO_COPY: Final = iowr("UFFDIO_COPY", API, 0x03, _CopyArgument)
 UFFDIO_ZEROPAGE: Final = iowr("UFFDIO_ZEROPAGE", API, 0x04, _ZeroArgument)
 
 
-@dataclass(frozen=True, slots=True)
-class Fault:
+class Fault(NamedTuple):
     """Somebody waits for a page.
 
     Attributes:

@@ -11,7 +11,7 @@ who fetch it. So such threads ask for it first: see `RAMBlock.fetch`.
 """
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Final
 
@@ -21,17 +21,18 @@ import numpy.typing as npt
 from dirtylog.errors import HostError, ProtocolError
 from dirtylog.linux.missing import MissingFaults
 from dirtylog.linux.wakeup import Wakeup
-from dirtylog.memory import Numbers, PageBitmap, RAMBlock
-from dirtylog.migration.batch import runs_of
+from dirtylog.memory import PageBitmap, RAMBlock
 from dirtylog.migration.blocktime import Blocktime
 from dirtylog.migration.channel import Channel
-from dirtylog.migration.messages import Lacking, Owed, Page, Pages, Request, ZeroPages
+from dirtylog.migration.messages import Lacking, Owed, Page, Pages, Request, Runs, ZeroPages
 from dirtylog.migration.owed import in_messages
 from dirtylog.migration.ram import checked_block
-from dirtylog.units import PAGE_SIZE
+from dirtylog.units import PAGE_SIZE, WORD_BITS
 
 _ZERO_AT_ONCE: Final = 512
 """Pages of a hole that are made zero when one of them is touched, at most."""
+_WHILE_WAITING: Final = 4
+"""Pages that are put in place at a time while somebody waits for others."""
 _PATIENCE: Final = 30.0
 """Seconds that a thread of ours waits for a page that it asked for."""
 _ASK_AT_ONCE: Final = 64
@@ -39,13 +40,15 @@ _ASK_AT_ONCE: Final = 64
 
 
 class _AbsentBlock:
-    """A block, and a bit for each page that is owed, was asked for and not answered, and came early: see above."""
+    """A block, and its pages that are owed, that came early, and that were asked for and not answered: see above."""
 
     def __init__(self, index: int, block: RAMBlock) -> None:
         self.index = index
         self.block = block
         self.address = block.mapping.address
-        self.owed, self.asked, self.early = (PageBitmap(block.pages) for _ in range(3))
+        self.size = block.size
+        self.owed, self.early = PageBitmap(block.pages), PageBitmap(block.pages)
+        self.asked: set[int] = set()
 
     def owe(self, first: int, count: int) -> None:
         if self.owed.any(first, count):
@@ -61,6 +64,29 @@ class _AbsentBlock:
         owed = self.owed.indices(page, end - page)
         end = int(owed[0]) if owed.size else end
         return max(page + 1, self.block.mapping.next_data(page * PAGE_SIZE, end * PAGE_SIZE) // PAGE_SIZE)
+
+    def check(self, runs: Runs) -> None:
+        where, bits = self._bits(runs)
+        if (bits.words & ~(self.owed.words[where] | self.early.words[where])).any():
+            raise self.refuse()
+
+    def settle(self, runs: Runs) -> tuple[int, list[int]]:
+        """Pages that have come are owed no more: how many were, and which of these were asked for."""
+        where, bits = self._bits(runs)
+        fresh = PageBitmap(bits.pages, bits.words & self.owed.words[where])
+        for bitmap in (self.owed, self.early):
+            bitmap.words[where] &= ~bits.words
+        base = where.start * WORD_BITS
+        return fresh.count(), [
+            page for page in self.asked if 0 <= page - base < fresh.pages and fresh.test(page - base)
+        ]
+
+    def _bits(self, runs: Runs) -> tuple[slice, PageBitmap]:
+        """Some runs as a bitmap of the words that they are in, and which words these are."""
+        word, end = int(runs[0, 0]) // WORD_BITS, int(runs[-1].sum())
+        starts = runs[:, 0] - word * WORD_BITS
+        bits = PageBitmap.from_runs(end - word * WORD_BITS, starts, starts + runs[:, 1])
+        return slice(word, word + bits.words.size), bits
 
     def refuse(self) -> ProtocolError:
         return ProtocolError(f"the source sent pages of block {self.block.name!r} that it does not owe")
@@ -120,7 +146,7 @@ class AbsentRAM:
         """
         for each in self._blocks:
             if each.owed.any():
-                self._faults.register(each.address, each.block.size)
+                self._faults.register(each.address, each.size)
                 self._registered.append(each)
                 each.block.fetch = partial(self._fetch, each)
 
@@ -137,13 +163,9 @@ class AbsentRAM:
         with self._lock:
             self._wanted = []
             for each in self._blocks:
-                asked = each.asked.indices()
-                asked = asked[each.owed.test_each(asked)]
-                for bitmap in (each.asked, each.early):
-                    bitmap.clear()
-                for page in asked.tolist():
-                    each.asked.set(page, 1)
-                    self._wanted.append(Request(each.index, page))
+                each.asked = {page for page in each.asked if each.owed.test(page)}
+                each.early.clear()
+                self._wanted += [Request(each.index, page) for page in sorted(each.asked)]
 
     def lacking(self) -> Iterator[Lacking]:
         """What is owed, for the source."""
@@ -154,42 +176,43 @@ class AbsentRAM:
                 yield Lacking(index, some)
 
     def receive(self, channel: Channel, message: Pages, buffer: npt.NDArray[np.uint8]) -> None:
-        """Receive what follows a message, and put it in place once it is here whole.
+        """Receive what follows a message, a piece at a time, and put that in place.
 
         Args:
             channel: where the message came from.
             message: about pages that are owed.
-            buffer: to receive into, shape (at least as long as that,).
+            buffer: to receive into, some whole pages.
 
         Raises:
             ProtocolError: the message names memory that is not there, or is not owed.
         """
-        channel.receive_into([buffer.data[: message.payload_size]])
         checked_block(self._ram_blocks, message)
-        each, numbers = self._blocks[message.block], message.numbers
+        each = self._blocks[message.block]
         with self._lock:
-            fresh = each.owed.test_each(numbers)
-            if not (fresh | each.early.test_each(numbers)).all():
-                raise each.refuse()
-        self._place(each, numbers, fresh, int(buffer.ctypes.data))
-        with self._lock:
-            fresh = each.owed.test_each(numbers)  # what the urgent channel has brought meanwhile was counted there
-            waited_for = numbers[fresh & each.asked.test_each(numbers)]
-            each.owed.clear_each(numbers[fresh])
-            each.early.clear_each(numbers[~fresh])
-            self._count_down(int(fresh.sum()), someone_waits=bool(waited_for.size))
-        for page in waited_for.tolist():
+            each.check(message.runs)
+        most = buffer.size // PAGE_SIZE
+        for runs in _in_pieces(message.runs, lambda: min(_WHILE_WAITING, most) if self._is_waiting() else most):
+            channel.receive_into([buffer.data[: sum(count for _, count in runs) * PAGE_SIZE]])
+            contents = int(buffer.ctypes.data)
+            for first, count in runs:
+                self._place(each.address + first * PAGE_SIZE, contents, count * PAGE_SIZE)
+                contents += count * PAGE_SIZE
+        for page in self._settle(each, message.runs):  # what the urgent channel has brought was counted there
             self._blocktime.end(each.index, page)
 
-    def _place(self, each: _AbsentBlock, numbers: Numbers, fresh: npt.NDArray[np.bool_], source: int) -> None:
-        positions = np.flatnonzero(fresh)
-        runs = runs_of(numbers[positions])
-        starts = positions[np.cumsum(runs[:, 1]) - runs[:, 1]]
-        for (first, count), start in zip(runs.tolist(), starts.tolist(), strict=True):
-            address, contents, size = each.address + first * PAGE_SIZE, source + start * PAGE_SIZE, count * PAGE_SIZE
-            done = 0
-            while done < size:  # a page that is there already came on the urgent channel meanwhile
-                done += self._faults.copy(address + done, contents + done, size - done) + PAGE_SIZE
+    def _settle(self, each: _AbsentBlock, runs: Runs) -> list[int]:
+        with self._lock:
+            count, waited_for = each.settle(runs)
+            self._count_down(count, someone_waits=bool(waited_for))
+        return waited_for
+
+    def _is_waiting(self) -> bool:
+        return any(each.asked for each in self._blocks)
+
+    def _place(self, address: int, contents: int, size: int) -> None:
+        done = 0
+        while done < size:  # a page that is there already came on the urgent channel
+            done += self._faults.copy(address + done, contents + done, size - done) + PAGE_SIZE
 
     def receive_page(self, channel: Channel, message: Page, buffer: npt.NDArray[np.uint8]) -> None:
         """See `receive`, for a single page that was asked for, where each microsecond counts: its guest waits."""
@@ -213,17 +236,13 @@ class AbsentRAM:
         self._faults.zero(each.address + page * PAGE_SIZE, PAGE_SIZE)
 
     def _asked(self, index: int, page: int) -> _AbsentBlock:
-        if (
-            index >= len(self._blocks)
-            or page >= self._ram_blocks[index].pages
-            or not self._blocks[index].asked.test(page)
-        ):
+        if index >= len(self._blocks) or page not in self._blocks[index].asked:
             raise ProtocolError(f"the source sent page {page} of block {index}, which it was not asked for")
         return self._blocks[index]
 
     def _answered(self, each: _AbsentBlock, page: int) -> None:
         with self._lock:
-            each.asked.clear_one(page)
+            each.asked.discard(page)
             if each.owed.test(page):
                 each.owed.clear_one(page)
                 each.early.set(page, 1)
@@ -237,24 +256,12 @@ class AbsentRAM:
             ProtocolError: the message names memory that is not there, or is not owed.
         """
         checked_block(self._ram_blocks, message)
-        each, waited_for = self._blocks[message.block], []
-        runs = message.runs.tolist()
-        with self._lock:  # from here on faults are served with zeros
-            if any(each.owed.count(*run) + each.early.count(*run) != run[1] for run in runs):
-                raise each.refuse()
-            for first, count in runs:
-                waited_for += each.asked.indices(first, count).tolist()
-                self._count_down(each.owed.count(first, count), someone_waits=bool(waited_for))
-                for bitmap in (each.owed, each.early):
-                    bitmap.clear(first, count)
-        for page in waited_for:
+        each = self._blocks[message.block]
+        with self._lock:
+            each.check(message.runs)
+        for page in self._settle(each, message.runs):  # from here on faults are served with zeros
             self._faults.zero(each.address + page * PAGE_SIZE, PAGE_SIZE)
             self._blocktime.end(each.index, page)
-
-    def wait_complete(self, timeout: float) -> bool:
-        """Wait until nothing is owed; whether that came."""
-        with self._lock:
-            return self._arrived.wait_for(lambda: not self._left, timeout)
 
     def close(self) -> None:
         """End it; who still waits goes on, and finds zeros. Idempotent."""
@@ -263,7 +270,7 @@ class AbsentRAM:
             registered, self._registered = self._registered, []
             for each in registered:
                 each.block.fetch = None
-                self._faults.unregister(each.address, each.block.size)
+                self._faults.unregister(each.address, each.size)
             self._faults.close()
             self.wakeup.close()
 
@@ -273,10 +280,11 @@ class AbsentRAM:
             self._arrived.notify_all()
 
     def _serve(self, address: int, thread: int) -> None:
-        each = next(each for each in self._registered if 0 <= address - each.address < each.block.size)
-        page = (address - each.address) // PAGE_SIZE
-        if not self._want(each, page, thread):
-            self._zero_hole(each, page)
+        for each in self._registered:
+            if 0 <= (offset := address - each.address) < each.size:
+                page = offset // PAGE_SIZE
+                if not self._want(each, page, thread):
+                    self._zero_hole(each, page)
 
     def _want(self, each: _AbsentBlock, page: int, thread: int = 0) -> bool:
         """Have a page asked for if it is owed; whether it is."""
@@ -284,8 +292,8 @@ class AbsentRAM:
             if not each.owed.test(page):
                 return False
             self._blocktime.begin(each.index, page, thread)
-            if not each.asked.test(page):
-                each.asked.set(page, 1)
+            if page not in each.asked:
+                each.asked.add(page)
                 self._wanted.append(Request(each.index, page))
             return True
 
@@ -315,3 +323,20 @@ class AbsentRAM:
             end = each.hole_end(page)
         self._faults.zero(each.address + page * PAGE_SIZE, (end - page) * PAGE_SIZE)
         return end
+
+
+def _in_pieces(runs: Runs, most: Callable[[], int]) -> Iterator[list[tuple[int, int]]]:
+    """Runs, at most so many pages at a time."""
+    piece: list[tuple[int, int]] = []
+    left = most()
+    for first, count in runs.tolist():
+        end = first + count
+        while first < end:
+            taken = min(end - first, left)
+            piece.append((first, taken))
+            first, left = first + taken, left - taken
+            if not left:
+                yield piece
+                piece, left = [], most()
+    if piece:
+        yield piece

@@ -2,7 +2,6 @@
 
 import contextlib
 import hmac
-import mmap
 import threading
 from collections.abc import Callable
 from queue import SimpleQueue
@@ -10,16 +9,16 @@ from typing import Final, Self
 
 import numpy as np
 
-from dirtylog.errors import CancelledError, DirtylogError, PeerError, ProtocolError
+from dirtylog.errors import CancelledError, DirtylogError, DisconnectedError, PeerError, ProtocolError
 from dirtylog.linux.missing import MissingFaults
 from dirtylog.machine import Machine, RunState
 from dirtylog.migration.absent import AbsentRAM
+from dirtylog.migration.attention import Attention
 from dirtylog.migration.blocktime import Blocktime
-from dirtylog.migration.channel import HANDSHAKE_TIMEOUT, Channel
+from dirtylog.migration.channel import HANDSHAKE_TIMEOUT, STALL_TIMEOUT, Channel
 from dirtylog.migration.fault_service import FaultService
 from dirtylog.migration.listener import Listener
 from dirtylog.migration.messages import (
-    MAX_BATCH_PAGES,
     Join,
     Joined,
     Message,
@@ -34,8 +33,10 @@ from dirtylog.migration.messages import (
 )
 from dirtylog.migration.reception import Reception
 from dirtylog.migration.statistics import Status
-from dirtylog.units import PAGE_SIZE
+from dirtylog.units import KIB
 
+_BUFFER_SIZE: Final = 64 * KIB
+"""So little that it is in a CPU's cache when it is put in place, and that who waits does not wait for long."""
 _COMPLETE_TIMEOUT: Final = 10.0
 """Seconds that what was sent on the urgent channel may be later than the end of the other."""
 _STOP_TIMEOUT: Final = 0.5
@@ -131,6 +132,8 @@ class Arrival:
         with self._lock:
             if isinstance(self._current, Channel):
                 self._current.cut()
+            if self._service is not None:
+                self._service.cut()
 
     def abort(self) -> None:
         """Make `run` fail."""
@@ -162,7 +165,7 @@ class Arrival:
 
     def _serve_faults(self, main: Channel, urgent: Channel) -> None:
         self._use(main)
-        main.use_short_calls()
+        urgent.set_timeout(STALL_TIMEOUT)
         self._service = FaultService(urgent, self._ram, main.cut)
 
     def _end_service(self) -> None:
@@ -178,19 +181,18 @@ class Arrival:
                 current.abort()
 
     def _take(self, main: Channel) -> None:
-        service = self._service
+        if self._service is None:
+            raise DisconnectedError("there is no connection")
         try:
-            self._take_all(main)
-        except PeerError:
+            attention = self._service.join()
+            main.attend(attention)
+            self._take_all(main, attention)
+        finally:
             self._end_service()
-            if service is not None:
-                service.check()  # what ended the urgent channel explains what ended this one
-            raise
-        self._end_service()
 
-    def _take_all(self, main: Channel) -> None:
-        # Not from malloc, which keeps what a thread gave back for the next one of that thread: this one ends here.
-        buffer = np.frombuffer(mmap.mmap(-1, MAX_BATCH_PAGES * PAGE_SIZE), np.uint8)
+    def _take_all(self, main: Channel, attention: Attention) -> None:
+        buffer = np.empty(_BUFFER_SIZE, np.uint8)
+
         while not isinstance(message := main.receive(), PassEnd):
             if isinstance(message, Pages):
                 self._ram.receive(main, message, buffer)
@@ -198,7 +200,7 @@ class Arrival:
                 self._ram.zero(message)
             else:
                 raise main.unexpected(message, "where only pages are expected")
-        if not self._ram.wait_complete(_COMPLETE_TIMEOUT):
+        if not attention.until(lambda: not self._ram.pages, _COMPLETE_TIMEOUT):
             raise ProtocolError(f"the source says that it sent all, and {self._ram.pages} pages are missing")
         main.send(PassDone(message.number, 0, 0, 0))
 

@@ -39,7 +39,7 @@ class Blocktime:
         now, vcpu = time.monotonic(), self._index.get(thread)
         with self._lock:
             waiting = self._waiting.setdefault((block, page), [])
-            if vcpu is not None and any(vcpu == other for _, other in waiting):
+            if waiting and vcpu is not None and any(vcpu == other for _, other in waiting):
                 return
             self.requests += 1
             waiting.append((now, vcpu))

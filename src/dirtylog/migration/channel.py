@@ -1,9 +1,8 @@
 """The connections of a migration: all that is said on them goes through here."""
 
-import contextlib
 import os
 import socket
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Final, Self, TypeVar
 
 from dirtylog.errors import (
@@ -20,10 +19,10 @@ from dirtylog.linux.sockets import (
     keep_alive,
     receive_files,
     set_buffers,
-    set_timeouts,
     shut_down,
 )
 from dirtylog.migration.address import Address, UnixAddress
+from dirtylog.migration.attention import Attention
 from dirtylog.migration.credentials import Credentials, socket_address
 from dirtylog.migration.messages import Failed, Message
 from dirtylog.migration.protocol import Protocol, Role
@@ -62,12 +61,13 @@ class Channel:
         self._stream: Stream = stream or PlainStream(sock)
         self._protocol = Protocol(role)
         self._aborted = False
+        self._io = _Translated(self._ended)
         self.passes_files = self._stream.passes_files
         self.peer = "destination" if role is Role.SOURCE else "source"
         try:
             if role is Role.SOURCE:
                 self.enlarge_buffers()
-            with self._io():
+            with self._io:
                 if sock.family != socket.AF_UNIX:
                     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                     keep_alive(sock)
@@ -90,16 +90,20 @@ class Channel:
 
     def set_timeout(self, seconds: float) -> None:
         """How long nothing may move."""
-        set_timeouts(self._socket, seconds)
+        self._stream.set_timeout(seconds)
 
     def enlarge_buffers(self) -> None:
         """Have the kernel buffer as much as memory needs. A destination does so only for who is let in."""
-        with self._io():
+        with self._io:
             set_buffers(self._socket, BUFFER_SIZE)
 
-    def use_short_calls(self) -> None:
-        """See `Stream.use_short_calls`."""
-        self._stream.use_short_calls()
+    def attend(self, attention: Attention | None) -> None:
+        """See `Stream.attend`."""
+        self._stream.attend(attention)
+
+    def read_ahead(self) -> None:
+        """See `Stream.read_ahead`."""
+        self._stream.read_ahead()
 
     def send(self, message: Message, payload: Iterable[Contents] = ()) -> int:
         """Send a message and what belongs to it; how many bytes that were.
@@ -108,12 +112,12 @@ class Channel:
         is written there until it has received them, as long as the migration lasts.
         """
         parts: list[Contents] = [memoryview(self._protocol.send(message)), *payload]
-        with self._io():
+        with self._io:
             return self._stream.send(parts)
 
     def send_files(self, files: Sequence[int]) -> None:
         """Send descriptors, right after the message that announces them."""
-        with self._io():
+        with self._io:
             socket.send_fds(self._socket, [_WITH_FILES], files)
 
     def receive_files(self, count: int) -> list[int]:
@@ -122,7 +126,7 @@ class Channel:
         Raises:
             ProtocolError: they did not come, or others.
         """
-        with self._io():
+        with self._io:
             data, files, lost = receive_files(self._socket, len(_WITH_FILES), count)
         if not data:
             raise self._ended()
@@ -163,7 +167,7 @@ class Channel:
             RefusedError: it gives up, and says why.
             ProtocolError: it says something else.
         """
-        with self._io():
+        with self._io:
             has_arrived = self._stream.has_arrived()
         if has_arrived:
             raise self.unexpected(self.receive(), "before its time")
@@ -185,15 +189,17 @@ class Channel:
 
     def receive_into(self, buffers: list[memoryview]) -> None:
         """Fill buffers, straight from the socket."""
-        with self._io():
+        with self._io:
             whole = self._stream.receive_into(buffers)
         if not whole:
             raise self._ended()
 
     def _exactly(self, size: int) -> bytes:
-        buffer = bytearray(size)
-        self.receive_into([memoryview(buffer)])
-        return bytes(buffer)
+        with self._io:
+            data = self._stream.receive(size)
+        if not data:
+            raise self._ended()
+        return data
 
     def abort(self) -> None:
         """Make every call fail, in whichever thread it waits. The socket stays to be closed."""
@@ -217,6 +223,7 @@ class Channel:
         """After the connection failed: what the peer may have said before it ended, as an error."""
         if self._aborted:
             return None
+        self.attend(None)
         self.set_timeout(_DRAIN_SECONDS)
         try:
             message = self.receive()
@@ -252,19 +259,12 @@ class Channel:
         """Close the socket; idempotent."""
         self._socket.close()
 
-    @contextlib.contextmanager
-    def _io(self) -> Iterator[None]:
-        try:
-            yield
-        except BlockingIOError as error:
-            raise DisconnectedError(
+    def _ended(self, error: OSError | None = None) -> CancelledError | DisconnectedError:
+        if isinstance(error, BlockingIOError):
+            return DisconnectedError(
                 f"the {self.peer} has not moved a byte for a while and counts as gone",
                 remedy=f"see whether the {self.peer}, or the network in between, is overloaded",
-            ) from error
-        except OSError as error:
-            raise self._ended(error) from error
-
-    def _ended(self, error: OSError | None = None) -> CancelledError | DisconnectedError:
+            )
         if self._aborted:
             return CancelledError("the migration was cancelled")
         detail = f": {error.strerror}" if error is not None and error.strerror else ""
@@ -272,6 +272,20 @@ class Channel:
             f"the connection to the {self.peer} ended before the migration did{detail}",
             remedy=f"see why the {self.peer} ended, then migrate again",
         )
+
+
+class _Translated:
+    """What the operating system says of a connection, in other words. Entered often, for which generators are slow."""
+
+    def __init__(self, translate: Callable[[OSError], DirtylogError]) -> None:
+        self._translate = translate
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        if isinstance(error, OSError):
+            raise self._translate(error) from error
 
 
 def connect(address: Address, credentials: Credentials | None = None, handshakes: Handshakes | None = None) -> Channel:

@@ -1,4 +1,4 @@
-"""The destination's thread that has fetched what its guest waits for."""
+"""What a destination does so that its guest gets what it waits for."""
 
 import select
 import threading
@@ -9,6 +9,7 @@ import numpy as np
 from dirtylog.errors import ProtocolError
 from dirtylog.linux.wakeup import Wakeup
 from dirtylog.migration.absent import AbsentRAM
+from dirtylog.migration.attention import Attention
 from dirtylog.migration.channel import Channel
 from dirtylog.migration.messages import Page, ZeroPages
 from dirtylog.units import PAGE_SIZE
@@ -17,7 +18,8 @@ from dirtylog.units import PAGE_SIZE
 class FaultService:
     """Asks the source for pages on the urgent channel, and takes them from there.
 
-    One thread does both: each change of threads would cost the guest as much as the network.
+    At first it has a thread for that: whoever loads the guest's state may touch memory that is absent. Later the thread
+    that takes all the other pages does that, too, see `join`.
 
     Args:
         channel: owned here from now on.
@@ -29,12 +31,33 @@ class FaultService:
         self._channel = channel
         self._ram = ram
         self._on_failure = on_failure
-        self._closing = False
         self._error: Exception | None = None
+        self._closing = False
         self._stop = Wakeup()
         self._buffer = np.empty(PAGE_SIZE, np.uint8)
+        self._attention = Attention()
+        self._attention.add(ram, self._ask)
+        self._attention.add(ram.wakeup, self._wake)
+        self._attention.add(channel, self._take_all)
+        channel.read_ahead()
         self._thread = threading.Thread(target=self._run, name="faults", daemon=True)
         self._thread.start()
+
+    def join(self) -> Attention:
+        """End the thread; what it did is done from now on by who waits with this.
+
+        Raises:
+            DirtylogError: it could not go on.
+        """
+        self._stop.set()
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+        return self._attention
+
+    def cut(self) -> None:
+        """See `Channel.cut`."""
+        self._channel.cut()
 
     def close(self) -> None:
         """End the thread and the channel; idempotent."""
@@ -46,37 +69,27 @@ class FaultService:
             self._channel.close()
             self._stop.close()
 
-    def check(self) -> None:
-        """Raise what ended it, if anything but `close` did."""
-        if self._error is not None:
-            raise self._error
-
     def _run(self) -> None:
         try:
-            self._serve()
-        except Exception as error:  # noqa: BLE001 - raised by `check`
+            self._ask()
+            self._attention.wait(self._stop, select.POLLIN, 0)
+        except Exception as error:  # noqa: BLE001 - raised by `join`
             if not self._closing:
                 self._error = error
                 self._on_failure()
 
-    def _serve(self) -> None:
-        poll = select.poll()
-        for file in (self._ram, self._ram.wakeup, self._channel, self._stop):
-            poll.register(file.fileno(), select.POLLIN)
+    def _wake(self) -> None:
+        self._ram.wakeup.clear()
         self._ask()
-        while not self._closing:
-            while self._channel.has_buffered:
-                self._take()
-            for fd, _ in poll.poll():
-                if fd == self._channel.fileno():
-                    self._take()
-                elif fd != self._stop.fileno():
-                    self._ram.wakeup.clear()
-                    self._ask()
 
     def _ask(self) -> None:
         for request in self._ram.requests():
             self._channel.send(request)
+
+    def _take_all(self) -> None:
+        self._take()
+        while self._channel.has_buffered:
+            self._take()
 
     def _take(self) -> None:
         message = self._channel.receive()

@@ -265,8 +265,6 @@ class OutgoingMigration:
                     each.stop_sending()
             raise
         finally:
-            if self._postcopy is not None:
-                self._postcopy.end()
             precopy.stop()
             lanes.close()
 
@@ -326,7 +324,14 @@ class OutgoingMigration:
         precopy.sync(last_stage=True)
         if self._postcopy_wanted.is_set() and urgent is not None and self.statistics.remaining_pages:
             owed = OwedPages([block.owed() for block in precopy.blocks])
-            self._postcopy = Postcopy(owed, self.statistics, self._connections, self._session, self._enter)
+            self._postcopy = Postcopy(
+                owed,
+                self.statistics,
+                self._connections,
+                self._session,
+                self._enter,
+                lambda: self.parameters.max_postcopy_bandwidth,
+            )
             self._postcopy.begin(main, urgent)
             return
         self._send_pass(precopy, paced=False)

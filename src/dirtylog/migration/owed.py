@@ -1,6 +1,5 @@
 """What a source still owes a guest that runs on the destination already."""
 
-import threading
 from collections.abc import Iterator, Sequence
 from typing import Final
 
@@ -12,7 +11,7 @@ from dirtylog.migration.batch import Batch, batch_of, zero_batch
 from dirtylog.migration.messages import MAX_RUNS, Lacking, Owed, Request, Runs
 from dirtylog.units import PAGE_SIZE
 
-_BATCH_PAGES: Final = 512
+_BATCH_PAGES: Final = 256
 """Enough that what each message costs is little beside what it carries."""
 _WINDOW_PAGES: Final = 1 << 15
 """Pages listed at a time."""
@@ -73,6 +72,12 @@ class OwedBlock:
         pages = pages[self.owed.test_each(pages)]
         return pages[: int(np.searchsorted(pages, self._data_end(first)))]
 
+    def is_hole(self, page: int) -> bool:
+        """Whether a page has no contents, and is zero."""
+        start = page * PAGE_SIZE
+        in_data = self._data[0] <= page < self._data[1]
+        return not in_data and self.block.mapping.next_data(start, start + PAGE_SIZE) > start
+
     def _data_end(self, page: int) -> int:
         """Where data end that a page is among. That takes as long to find as they are long, and is remembered."""
         if not self._data[0] <= page < self._data[1]:
@@ -84,7 +89,7 @@ class OwedBlock:
 class OwedPages:
     """Pages that nobody writes any more: those that are asked for are sent at once, and the others once, in order.
 
-    The order goes on where was asked last: what a guest needs next is often near. May be used from any thread.
+    The order goes on where was asked last: what a guest needs next is often near.
 
     Args:
         blocks: of a machine that stands still, in the order of their numbers.
@@ -92,14 +97,12 @@ class OwedPages:
 
     def __init__(self, blocks: Sequence[OwedBlock]) -> None:
         self._blocks = blocks
-        self._lock = threading.Lock()
         self._block, self._next = 0, 0
 
     @property
     def pages(self) -> int:
         """How many are left."""
-        with self._lock:
-            return sum(block.owed.count() for block in self._blocks)
+        return sum(block.owed.count() for block in self._blocks)
 
     @property
     def total(self) -> int:
@@ -112,33 +115,32 @@ class OwedPages:
             for runs in in_messages(block.owed.runs()):
                 yield Owed(block.index, runs)
 
-    def answer(self, request: Request) -> tuple[RAMBlock, bool]:
-        """The block of a page that is asked for, and whether the page was owed still: it is not any more.
+    def answer(self, request: Request) -> tuple[RAMBlock, bool, bool]:
+        """The block of a page that is asked for, and whether it was owed still and is a hole; it is owed no more.
 
         Raises:
             ProtocolError: there is no such page.
         """
-        if request.block >= len(self._blocks) or request.page >= self._blocks[request.block].block.pages:
-            raise ProtocolError(f"the destination asks for page {request.page} of block {request.block}")
+        page = request.page
+        if request.block >= len(self._blocks) or page >= self._blocks[request.block].block.pages:
+            raise ProtocolError(f"the destination asks for page {page} of block {request.block}")
         each = self._blocks[request.block]
-        with self._lock:
-            self._block, self._next = request.block, request.page + 1
-            was_owed = each.owed.test(request.page)
-            if was_owed:
-                each.owed.clear_one(request.page)
-        return each.block, was_owed
+        self._block, self._next = request.block, page + 1
+        was_owed = each.owed.test(page)
+        if was_owed:
+            each.owed.clear_one(page)
+        return each.block, was_owed, each.is_hole(page)
 
     def take(self) -> Batch | None:
         """Some of the others; None if nothing is left."""
-        with self._lock:
-            for _ in range(len(self._blocks) + 1):  # the first one again, from its start
-                block = self._blocks[self._block]
-                taken, self._next = block.take(self._next, _BATCH_PAGES)
-                if taken.size:
-                    break
-                self._block, self._next = (self._block + 1) % len(self._blocks), 0
-            else:
-                return None
+        for _ in range(len(self._blocks) + 1):  # the first one again, from its start
+            block = self._blocks[self._block]
+            taken, self._next = block.take(self._next, _BATCH_PAGES)
+            if taken.size:
+                break
+            self._block, self._next = (self._block + 1) % len(self._blocks), 0
+        else:
+            return None
         return zero_batch(block.index, taken) if taken.ndim > 1 else batch_of(block.index, block.block, taken)
 
     def replace(self, lacking: Sequence[Lacking]) -> None:
@@ -153,9 +155,8 @@ class OwedPages:
                 raise ProtocolError(f"the destination lacks pages of block {message.block} that are not there")
             for first, count in message.runs.tolist():
                 maps[message.block].set(first, count)
-        with self._lock:
-            for block, pages in zip(self._blocks, maps, strict=True):
-                block.replace(pages)
+        for block, pages in zip(self._blocks, maps, strict=True):
+            block.replace(pages)
 
 
 def in_messages(runs: Runs) -> Iterator[Runs]:

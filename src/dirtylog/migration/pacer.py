@@ -1,6 +1,5 @@
 """Keeping to a bandwidth."""
 
-import threading
 import time
 from collections.abc import Callable
 from typing import Final
@@ -15,12 +14,12 @@ class Pacer:
     """Delays a sender so that it stays below a rate.
 
     Args:
-        cancelled: cuts waiting short.
+        wait: waits for some seconds; whether it is over.
         rate: bytes a second, or 0 for no limit; asked again and again.
     """
 
-    def __init__(self, cancelled: threading.Event, rate: Callable[[], int]) -> None:
-        self._cancelled = cancelled
+    def __init__(self, wait: Callable[[float], bool], rate: Callable[[], int]) -> None:
+        self._wait = wait
         self._rate = rate
         self._debt = 0.0
         self._since = 0.0
@@ -42,7 +41,7 @@ class Pacer:
         self._pay(rate)
         self._debt += size
         while True:
-            if self._cancelled.wait(min(max(0.0, self._debt) / rate, _SLICE) if rate else 0.0):
+            if self._wait(min(max(0.0, self._debt) / rate, _SLICE) if rate else 0.0):
                 raise CancelledError("the migration was cancelled")
             self._pay(rate)
             rate = self._rate()

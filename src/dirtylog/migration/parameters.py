@@ -36,6 +36,8 @@ class Parameters:
         downtime_limit: how long the guest may stand still at the switchover, in seconds. About 11 ms of it are set
             aside for what is not memory: with less, the guest is stopped only once nothing is dirty.
         max_bandwidth: bytes a second while the guest runs; 0 for no limit. At the switchover there is none.
+        max_postcopy_bandwidth: bytes a second once the guest was handed over before its memory; 0 for no limit. What
+            it waits for comes at once.
         switchover_bandwidth: bytes a second that the switchover will have, for the estimate of the downtime; 0 to go by
             what was measured.
         clear_chunk: bytes whose log is cleared at once, right before the first of its pages is read; rounded up to
@@ -81,6 +83,7 @@ class Parameters:
 
     downtime_limit: float = 0.3
     max_bandwidth: int = 0
+    max_postcopy_bandwidth: int = 0
     switchover_bandwidth: int = 0
     clear_chunk: int = 128 * MIB
     verify: bool = False
@@ -101,7 +104,11 @@ class Parameters:
     def __post_init__(self) -> None:
         if not 0 <= self.downtime_limit <= MAX_DOWNTIME_LIMIT:
             raise UsageError(f"a downtime limit of {self.downtime_limit} s", remedy="it may be 0 to 2000 s")
-        for bandwidth, zero in ((self.max_bandwidth, "no limit"), (self.switchover_bandwidth, "as measured")):
+        for bandwidth, zero in (
+            (self.max_bandwidth, "no limit"),
+            (self.max_postcopy_bandwidth, "no limit"),
+            (self.switchover_bandwidth, "as measured"),
+        ):
             if not 0 <= bandwidth < 1 << 63:
                 raise UsageError(f"a bandwidth of {bandwidth} bytes a second", remedy=f"0 means {zero}")
         if not 1 <= self.clear_chunk < 1 << 63:

@@ -25,10 +25,11 @@ from dirtylog.migration.economy import Economy
 from dirtylog.migration.messages import Lacking, PassDone, PassEnd, Resume, Resumed
 from dirtylog.migration.outlet import Outlet
 from dirtylog.migration.owed import OwedPages
+from dirtylog.migration.pacer import Pacer
 from dirtylog.migration.parameters import Parameters
 from dirtylog.migration.sender import Sender
 from dirtylog.migration.statistics import Statistics, Status
-from dirtylog.migration.urgent import Tally, UrgentLane
+from dirtylog.migration.urgent import Tally, UrgentAnswers
 
 
 def check(address: Address, parameters: Parameters) -> None:
@@ -52,6 +53,7 @@ class Postcopy:
         connections: where further ones are opened.
         session: the migration's secret.
         enter: told each new status.
+        rate: bytes a second that may be sent unasked; 0 for no limit.
 
     Attributes:
         lost: why there is no connection; None while there is.
@@ -64,6 +66,7 @@ class Postcopy:
         connections: Connections,
         session: bytes,
         enter: Callable[[Status], None],
+        rate: Callable[[], int],
     ) -> None:
         self.lost: DirtylogError | None = None
         self._owed = owed
@@ -71,21 +74,17 @@ class Postcopy:
         self._connections = connections
         self._session = session
         self._enter = enter
+        self._rate = rate
         self._given_up = threading.Event()
         self._addresses: SimpleQueue[Address | None] = SimpleQueue()
         self._main: Channel | None = None
-        self._urgent: UrgentLane | None = None
+        self._urgent: UrgentAnswers | None = None
 
     def begin(self, main: Outlet, urgent: Outlet) -> None:
         """Say what is owed, and answer what is asked for from here on: loading the guest's state may touch memory."""
         self._adopt(main, urgent)
         for message in self._owed.announcements():
             main.send(message)
-
-    def end(self) -> None:
-        """Answer no more; idempotent."""
-        if self._urgent is not None:
-            self._urgent.close()
 
     def resume(self, address: Address) -> None:
         """Go on over new connections, as the old ones are lost."""
@@ -124,27 +123,29 @@ class Postcopy:
         if not isinstance(main, Channel) or not isinstance(urgent, Channel):
             raise UsageError("only a process can run a guest before it has its memory")
         self._main = main
-        main.use_short_calls()
-        main.set_timeout(STALL_TIMEOUT)
-        urgent.set_timeout(0)  # nobody may ask for a long time
-        self._urgent = UrgentLane(urgent, self._owed, self._tally, main)
+        for channel in (main, urgent):
+            channel.set_timeout(STALL_TIMEOUT)
+        self._urgent = UrgentAnswers(urgent, self._owed, self._tally, main)
 
     def _serve(self) -> None:
         if self._main is None or self._urgent is None:
             raise DisconnectedError("there is no connection")
         try:
-            self._send(self._main)
+            self._send(self._main, self._urgent)
         except PeerError:
-            self.end()
             self._urgent.check()  # what ended the urgent channel explains what ended this one
             raise
-        self.end()
 
-    def _send(self, main: Channel) -> None:
+    def _send(self, main: Channel, urgent: UrgentAnswers) -> None:
+
         began = time.monotonic()
         sender: Final = Sender(main, (), Economy(()), None)
+        pacer: Final = Pacer(urgent.wait, self._rate)
+        pacer.begin()
         while batch := self._owed.take():
-            self._tally.count(batch, sender.send(batch))
+            sent = sender.send(batch)
+            self._tally.count(batch, sent)
+            pacer.pace(sent.bytes)
             self._tally.took(time.monotonic() - began)
         main.send(PassEnd(self._tally.number))
         done = main.expect(PassDone)
@@ -152,7 +153,6 @@ class Postcopy:
             raise ProtocolError(f"the destination has pass {done.number} when pass {self._tally.number} was sent")
 
     def _reconnect(self, lost: DirtylogError) -> None:
-        self.end()
         while self.lost is not None:
             self._connections.close()
             self._enter(Status.POSTCOPY_PAUSED)

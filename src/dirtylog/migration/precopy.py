@@ -47,7 +47,7 @@ class Precopy:
         self._statistics = statistics
         self._parameters = parameters
         self._paced = True
-        self._pacer = Pacer(cancelled, self._limit)
+        self._pacer = Pacer(cancelled.wait, self._limit)
         self._bandwidth = 0.0
         self._logging = False
         chunk = parameters().clear_chunk

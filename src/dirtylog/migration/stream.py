@@ -1,11 +1,14 @@
 """How the bytes of a conversation travel over a connected socket."""
 
 import os
+import select
 import socket
 from collections.abc import Sequence
 from typing import Final, Protocol
 
 from dirtylog.linux.mapping import Contents, FilePart, memory_of
+from dirtylog.linux.sockets import set_timeouts
+from dirtylog.migration.attention import Attention
 from dirtylog.units import KIB
 
 _IOV_MAX: Final = 1024
@@ -13,13 +16,14 @@ _FILE_SIZE: Final = 64 * KIB
 """Shorter parts of files are sent faster as memory, many in one call."""
 
 
+_AHEAD: Final = 8 * KIB
 _UNLIMITED: Final = 1 << 62
-_SHORT: Final = 8 * KIB
-"""A few microseconds: for postcopy, whose guest waits for a CPU like everybody else."""
+_SHORT: Final = 32 * KIB
+"""Some microseconds, beside which what a call costs is little."""
 
 
 class Stream(Protocol):
-    """Bytes both ways over a blocking socket with the timeouts of `set_timeouts`, whose owner is somebody else.
+    """Bytes both ways over a blocking socket, whose owner is somebody else.
 
     One thread at a time may send, and one receive. Another can end either by a shutdown of the socket.
     """
@@ -27,6 +31,9 @@ class Stream(Protocol):
     @property
     def passes_files(self) -> bool:
         """Whether descriptors can be sent beside the bytes."""
+
+    def set_timeout(self, seconds: float) -> None:
+        """How long nothing may move; 0 for ever."""
 
     def send(self, parts: Sequence[Contents]) -> int:
         """Send all of some buffers, in order; how many bytes they have.
@@ -44,10 +51,20 @@ class Stream(Protocol):
             OSError: the connection ended otherwise.
         """
 
-    def use_short_calls(self) -> None:
-        """From here on let no system call take long, for the sake of others who need the CPU.
+    def receive(self, size: int) -> bytes:
+        """That many bytes; none if the peer ended before. See `receive_into`."""
 
-        A kernel without preemption (PREEMPT_NONE, as servers have) lets nobody in before a call returns.
+    def read_ahead(self) -> None:
+        """From here on receive more than is asked for where it has arrived: fewer system calls for short messages.
+
+        Descriptors cannot be received beside bytes any more.
+        """
+
+    def attend(self, attention: Attention | None) -> None:
+        """From here on serve others while a call would wait, and between pieces of what it moves.
+
+        The pieces are short: who is to be served waits for the end of one at most. So does who needs the CPU, if the
+        kernel has no preemption (PREEMPT_NONE, as on servers): it lets nobody in before a system call returns.
         """
 
     def has_arrived(self) -> bool:
@@ -65,17 +82,32 @@ class PlainStream:
     over TCP's loopback it adds half.
     """
 
-    has_buffered: Final = False
-
     def __init__(self, sock: socket.socket) -> None:
         self._socket = sock
-        self._most = _UNLIMITED
-        """Bytes that a system call may move."""
+        self._timeout = 0.0
+        self._attention: Attention | None = None
+        self._ahead = memoryview(b"")
+        """Where to receive into first, if anywhere; what is there from ``_begin`` to ``_end`` was not asked for yet."""
+        self._begin = self._end = 0
         self.passes_files = sock.family == socket.AF_UNIX
 
-    def use_short_calls(self) -> None:
+    @property
+    def has_buffered(self) -> bool:
         """See `Stream`."""
-        self._most = _SHORT
+        return self._begin < self._end
+
+    def set_timeout(self, seconds: float) -> None:
+        """See `Stream`."""
+        self._timeout = seconds
+        set_timeouts(self._socket, seconds)
+
+    def attend(self, attention: Attention | None) -> None:
+        """See `Stream`."""
+        self._attention = attention
+
+    def read_ahead(self) -> None:
+        """See `Stream`."""
+        self._ahead = memoryview(bytearray(_AHEAD))
 
     def send(self, parts: Sequence[Contents]) -> int:
         """See `Stream`."""
@@ -95,27 +127,65 @@ class PlainStream:
 
     def _send_buffers(self, buffers: list[memoryview]) -> None:
         while buffers:
-            _advance(buffers, self._socket.sendmsg(self._next(buffers)))
+            _advance(buffers, self._socket.sendmsg(self._next(buffers, select.POLLOUT)))
 
     def _send_file(self, part: FilePart) -> None:
         offset, end = part.offset, part.offset + len(part.memory)
         while offset < end:
-            offset += os.sendfile(self._socket.fileno(), part.fd, offset, min(self._most, end - offset))
+            offset += os.sendfile(self._socket.fileno(), part.fd, offset, min(self._most(select.POLLOUT), end - offset))
 
     def receive_into(self, buffers: list[memoryview]) -> bool:
         """See `Stream`."""
+        if self._ahead:
+            return all(self._receive_ahead(buffer) for buffer in buffers)
+        flags = 0 if self._attention else socket.MSG_WAITALL
         while buffers:
-            received, *_ = self._socket.recvmsg_into(self._next(buffers), 0, socket.MSG_WAITALL)
+            received, *_ = self._socket.recvmsg_into(self._next(buffers, select.POLLIN), 0, flags)
             if not received:
                 return False
             _advance(buffers, received)
         return True
 
-    def _next(self, buffers: list[memoryview]) -> list[memoryview]:
-        """What the next call is to move."""
-        if self._most == _UNLIMITED:
+    def receive(self, size: int) -> bytes:
+        """See `Stream`."""
+        if self._begin + size <= self._end:
+            self._begin += size
+            return self._ahead[self._begin - size : self._begin].tobytes()
+        data = bytearray(size)
+        return bytes(data) if self.receive_into([memoryview(data)]) else b""
+
+    def _receive_ahead(self, buffer: memoryview) -> bool:
+        while buffer:
+            if not self.has_buffered:
+                self._most(select.POLLIN)
+                self._begin, self._end = 0, self._socket.recv_into(self._ahead)
+                if not self._end:
+                    return False
+            size = min(len(buffer), self._end - self._begin)
+            buffer[:size] = self._ahead[self._begin : self._begin + size]
+            self._begin += size
+            buffer = buffer[size:]
+        return True
+
+    def _next(self, buffers: list[memoryview], event: int) -> list[memoryview]:
+        """What the next call is to move, as soon as it can."""
+        if self._attention is None:
             return buffers[:_IOV_MAX]
-        return [buffers[0][: self._most]]
+        left = self._most(event)
+        chosen: list[memoryview] = []
+        for buffer in buffers[:_IOV_MAX]:
+            chosen.append(buffer[:left])
+            left -= len(chosen[-1])
+            if not left:
+                break
+        return chosen
+
+    def _most(self, event: int) -> int:
+        """Bytes that the next call may move, as soon as it can."""
+        if self._attention is None:
+            return _UNLIMITED
+        self._attention.wait(self._socket, event, self._timeout)
+        return _SHORT
 
     def has_arrived(self) -> bool:
         """See `Stream`."""

@@ -7,6 +7,7 @@ receives.
 """
 
 import contextlib
+import select
 import socket
 import ssl
 import threading
@@ -17,6 +18,7 @@ from typing import Final, cast
 from dirtylog.errors import CancelledError, DisconnectedError, PeerError
 from dirtylog.linux.mapping import Contents, memory_of
 from dirtylog.linux.sockets import hear_out, set_timeouts, shut_down
+from dirtylog.migration.attention import Attention
 from dirtylog.migration.credentials import Credentials
 from dirtylog.migration.messages import MAGIC, Failed, encode
 from dirtylog.migration.protocol import Protocol, Role
@@ -25,6 +27,8 @@ from dirtylog.units import KIB
 
 _CHUNK: Final = 256 * KIB
 """What is encrypted, or received, at once: 16 full records."""
+_SHORT: Final = 64 * KIB
+"""The same while others wait to be served in between."""
 _PARTING_SECONDS: Final = 2.0
 _PLAIN_REFUSAL: Final = Protocol.preamble() + encode(
     Failed("this destination takes nothing that is not encrypted; migrate to tls:HOST:PORT, with --tls-creds")
@@ -58,6 +62,9 @@ class TLSStream:
         self._agreed = False
         self._settled = False
         self._ahead = b""
+        self._timeout = 0.0
+        self._attention: Attention | None = None
+        self._piece = _CHUNK
 
     def shake_hands(self, timeout: float) -> None:
         """Check each other's certificates, and agree on keys, within some seconds.
@@ -128,7 +135,8 @@ class TLSStream:
     def send(self, parts: Sequence[Contents]) -> int:
         """See `Stream`."""
         total = 0
-        for piece in _pieces(parts):
+        for piece in _pieces(parts, self._piece):
+            self._await(select.POLLOUT)
             self._socket.sendall(self._encrypted(piece))
             total += len(piece)
         return total
@@ -175,7 +183,9 @@ class TLSStream:
 
     def _receive(self, flags: int = 0) -> bool:
         """Take bytes from the socket; whether there were any before its end."""
-        count = self._socket.recv_into(self._received, 0, flags)
+        if not flags:
+            self._await(select.POLLIN)
+        count = self._socket.recv_into(self._received, self._piece, flags)
         with self._lock:
             self._incoming.write(self._received[:count])
         return count > 0
@@ -191,8 +201,27 @@ class TLSStream:
             self._ahead = bytes(byte)
         return count is not None
 
-    def use_short_calls(self) -> None:
-        """They are short beside encryption, which is no system call."""
+    def receive(self, size: int) -> bytes:
+        """See `Stream`."""
+        data = bytearray(size)
+        return bytes(data) if self.receive_into([memoryview(data)]) else b""
+
+    def set_timeout(self, seconds: float) -> None:
+        """See `Stream`."""
+        self._timeout = seconds
+        set_timeouts(self._socket, seconds)
+
+    def attend(self, attention: Attention | None) -> None:
+        """See `Stream`."""
+        self._attention = attention
+        self._piece = _SHORT if attention else _CHUNK
+
+    def _await(self, event: int) -> None:
+        if self._attention is not None:
+            self._attention.wait(self._socket, event, self._timeout)
+
+    def read_ahead(self) -> None:
+        """Records are received ahead anyway."""
 
     def has_arrived(self) -> bool:
         """See `Stream`."""
@@ -250,10 +279,10 @@ class Handshakes:
                 shut_down(sock, socket.SHUT_RDWR)
 
 
-def _pieces(parts: Sequence[Contents]) -> Iterator[memoryview]:
-    """Some buffers as pieces of `_CHUNK`, so that nearly all records are full. What is short is copied for that."""
+def _pieces(parts: Sequence[Contents], size: int) -> Iterator[memoryview]:
+    """Some buffers as pieces of a size, so that nearly all records are full. What is short is copied for that."""
     joined: list[memoryview] = []
-    left = _CHUNK
+    left = size
     for part in parts:
         memory = memory_of(part)
         while memory:
@@ -262,7 +291,7 @@ def _pieces(parts: Sequence[Contents]) -> Iterator[memoryview]:
             left -= len(joined[-1])
             if not left:
                 yield _join(joined)
-                joined, left = [], _CHUNK
+                joined, left = [], size
     if joined:
         yield _join(joined)
 

@@ -1,9 +1,9 @@
 """Pages that the guest waits for on the destination, from the source's side."""
 
-import threading
-
 import numpy as np
 
+from dirtylog.errors import DirtylogError, ProtocolError
+from dirtylog.migration.attention import Attention
 from dirtylog.migration.batch import Batch
 from dirtylog.migration.channel import Channel
 from dirtylog.migration.messages import Page, Request, ZeroPages
@@ -14,12 +14,11 @@ from dirtylog.units import PAGE_SIZE
 
 
 class Tally:
-    """Counts what is sent after the handover, by whichever thread, as one more pass."""
+    """Counts what is sent after the handover as one more pass."""
 
     def __init__(self, statistics: Statistics) -> None:
         self._statistics = statistics
         self._pass = statistics.begin_pass()
-        self._lock = threading.Lock()
 
     @property
     def number(self) -> int:
@@ -29,14 +28,12 @@ class Tally:
     def count(self, batch: Batch, sent: Sent) -> None:
         """Note what was sent in its turn."""
         zeros, pages = (0 if table is None else table.pages for table in (batch.zeros, batch.pages))
-        with self._lock:
-            self._add(zeros, pages, sent.bytes)
+        self._add(zeros, pages, sent.bytes)
 
     def answered(self, size: int, *, zero: bool, was_owed: bool) -> None:
         """Note that a page was sent because it was asked for, be it for the second time."""
-        with self._lock:
-            self._add(int(zero and was_owed), int(not zero and was_owed), size)
-            self._statistics.postcopy_requests += 1
+        self._add(int(zero and was_owed), int(not zero and was_owed), size)
+        self._statistics.postcopy_requests += 1
 
     def _add(self, zeros: int, pages: int, size: int) -> None:
         self._pass.zero_pages += zeros
@@ -50,16 +47,16 @@ class Tally:
         self._pass.seconds = seconds
 
 
-class UrgentLane:
-    """Answers what the destination asks for, in a thread of its own.
+class UrgentAnswers:
+    """Answers what the destination asks for, whenever its main channel's thread has to wait, and between what it sends.
 
     A page is sent even if it is on its way already: on the other channel it may be behind many.
 
     Args:
-        channel: used by this thread only; closed by its owner, after this.
+        channel: used by the main channel's thread only; closed by its owner.
         owed: what is left.
         tally: told what was sent.
-        main: made to fail if this does.
+        main: cut if this channel fails.
     """
 
     def __init__(self, channel: Channel, owed: OwedPages, tally: Tally, main: Channel) -> None:
@@ -67,35 +64,38 @@ class UrgentLane:
         self._owed = owed
         self._tally = tally
         self._main = main
-        self._thread = threading.Thread(target=self._run, name="urgent", daemon=True)
-        self._error: Exception | None = None
-        self._closing = False
-        self._thread.start()
-
-    def close(self) -> None:
-        """End the thread; idempotent."""
-        self._closing = True
-        self._channel.cut()
-        self._thread.join()
+        self._error: DirtylogError | None = None
+        self._attention = Attention()
+        self._attention.add(channel, self._serve)
+        channel.read_ahead()
+        main.attend(self._attention)
 
     def check(self) -> None:
-        """Raise what ended it, if anything but `close` did."""
+        """Raise what made it cut the main channel, if it did."""
         if self._error is not None:
             raise self._error
 
-    def _run(self) -> None:
-        try:
-            while True:
-                self._answer(self._channel.expect(Request))
-        except Exception as error:  # noqa: BLE001 - raised by `check`
-            if not self._closing:
-                self._error = error
-                self._main.cut()
+    def wait(self, seconds: float) -> bool:
+        """Answer for some seconds, or until that fails. It is not over then: False."""
+        self._attention.until(lambda: self._error is not None, seconds)
+        return False
 
-    def _answer(self, request: Request) -> None:
-        (block, was_owed), page = self._owed.answer(request), request.page
-        start = page * PAGE_SIZE
-        zero = block.mapping.next_data(start, start + PAGE_SIZE) > start
+    def _serve(self) -> None:
+        try:
+            self._answer()
+            while self._channel.has_buffered:
+                self._answer()
+        except DirtylogError as error:
+            self._error = error
+            self._attention.remove(self._channel)
+            self._main.cut()
+
+    def _answer(self) -> None:
+        request = self._channel.receive()
+        if not isinstance(request, Request):
+            raise ProtocolError(f"the destination sent {type(request).__name__} where only requests are expected")
+        page, start = request.page, request.page * PAGE_SIZE
+        block, was_owed, zero = self._owed.answer(request)
         if zero:
             size = self._channel.send(ZeroPages(request.block, np.array([[page, 1]])))
         else:
