@@ -1,14 +1,17 @@
 """Move a running numpy simulation to another process, or to another host, and lose no step.
 
-Heat spreads through a rod: each step replaces the temperature of every cell by the mean of its neighbours' and its own.
+Heat spreads through a rod: the temperature of a cell becomes the mean of its neighbours' and its own, again and again.
 The rod is too large to be stepped at once, so a sweep goes through it piece by piece; where the sweep is, and how many
 there were, is the state beside the memory.
 
 Without an address, this starts the other process itself, moves the simulation there after a while, lets it go on, and
 compares the outcome with that of an undisturbed one: exit status 0 if they are equal to the last bit. Between hosts:
 
-    moving_simulation.py --receive tcp:0.0.0.0:4444          # there, first
-    moving_simulation.py --send tcp:THAT-HOST:4444           # here
+    moving_simulation.py --receive tls:0.0.0.0:4444 --tls-creds DIR      # there, first
+    moving_simulation.py --send tls:THAT-HOST:4444 --tls-creds DIR       # here
+
+Who waits names an address at which the other host reaches it: without one, as in ``tls::4444``, only this host does.
+``docs/security.md`` tells how to make the credentials, and what ``tcp:``, which needs none, shows to all on the way.
 """
 
 import argparse
@@ -23,13 +26,23 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from dirtylog.errors import DirtylogError
+from dirtylog.errors import DirtylogError, UsageError
 from dirtylog.machine import Process
-from dirtylog.migration import IncomingMigration, Listener, OutgoingMigration, Parameters, parse_address
+from dirtylog.migration import (
+    IncomingMigration,
+    Listener,
+    OutgoingMigration,
+    Parameters,
+    Role,
+    credentials_for,
+    parse_address,
+)
 from dirtylog.units import format_duration, parse_size
 
 PIECE = 1 << 16
-"""Cells of one step: half a MiB, so that the simulation can stop at any time within a millisecond."""
+"""Cells of one step: half a MiB, so that the simulation can stop at any time within a few milliseconds."""
+RELAXATIONS = 32
+"""Of a piece in one step. With more work on them, memory is written more slowly, and can be sent while it is."""
 
 
 class Rod:
@@ -39,6 +52,7 @@ class Rod:
         self.cells = cells
         self.steps = steps
         self.done = 0
+        self.done_elsewhere = 0
         self._going = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -63,7 +77,8 @@ class Rod:
         """One piece of the rod."""
         start = self.done * PIECE % self.cells.size
         piece = self.cells[start : start + PIECE + 2]
-        piece[1:-1] = (piece[:-2] + piece[1:-1] + piece[2:]) / 3
+        for _ in range(RELAXATIONS):
+            piece[1:-1] = (piece[:-2] + piece[1:-1] + piece[2:]) / 3
         self.done += 1
 
     def save(self) -> bytes:
@@ -72,7 +87,7 @@ class Rod:
 
     def load(self, state: bytes) -> None:
         """The reverse."""
-        self.done = int.from_bytes(state, "little")
+        self.done = self.done_elsewhere = int.from_bytes(state, "little")
 
 
 def simulation(size: int, steps: int) -> tuple[Rod, Process]:
@@ -89,28 +104,35 @@ def simulation(size: int, steps: int) -> tuple[Rod, Process]:
     return rod, process
 
 
-def receive(uri: str, size: int, steps: int) -> None:
+def receive(uri: str, size: int, steps: int, creds: str) -> None:
     """Wait for a simulation, finish it, and print its digest."""
     rod, process = simulation(size, steps)
-    IncomingMigration(process, Listener(parse_address(uri))).run()
-    print(f"received at step {rod.done} of {steps}", flush=True)
+    address = parse_address(uri)
+    listener = Listener(address, credentials_for(address, creds, Role.DESTINATION))
+    print(f"waiting at {listener.address}", flush=True)
+    IncomingMigration(process, listener).run()
+    print(f"received at step {rod.done_elsewhere} of {steps}", flush=True)
     finish(rod)
     print(f"digest {digest(rod)}", flush=True)
     process.close()
 
 
-def send(uri: str, size: int, steps: int, *, local: bool) -> None:
+def send(uri: str, size: int, steps: int, parameters: Parameters) -> None:
     """Start a simulation, and move it before it is done."""
     rod, process = simulation(size, steps)
     heat(rod.cells)
     process.resume()
     while rod.done < steps // 4:
         time.sleep(0.01)
-    outgoing = OutgoingMigration(process, parse_address(uri), Parameters(share_memory=local))
+    outgoing = OutgoingMigration(process, parse_address(uri), parameters)
     outgoing.run()
     took, stood = outgoing.statistics.total_seconds, outgoing.statistics.downtime
-    print(f"moved in {format_duration(took)} at step {rod.done}; it stood still for {format_duration(stood)}")
+    print(
+        f"moved in {format_duration(took)} at step {rod.done}; it stood still for {format_duration(stood)}", flush=True
+    )
     process.close()
+    if rod.done >= steps:
+        raise UsageError("the simulation was over before it was moved", remedy="give it more --steps")
 
 
 def heat(cells: npt.NDArray[np.float64]) -> None:
@@ -132,7 +154,16 @@ def digest(rod: Rod) -> str:
     return hashlib.blake2b(rod.cells.data, digest_size=16).hexdigest()
 
 
-def demonstrate(size: int, steps: int, *, local: bool) -> int:
+def undisturbed(size: int, steps: int) -> str:
+    """The digest of a simulation that nobody moves."""
+    rod = Rod(np.empty(size // 8), steps)
+    heat(rod.cells)
+    for _ in range(steps):
+        rod.step()
+    return digest(rod)
+
+
+def demonstrate(size: int, steps: int, parameters: Parameters) -> int:
     """Both sides, and an undisturbed simulation to compare with."""
     with tempfile.TemporaryDirectory(prefix="dirtylog-") as folder:
         uri = f"unix:{Path(folder) / 'simulation'}"
@@ -141,19 +172,14 @@ def demonstrate(size: int, steps: int, *, local: bool) -> int:
             [sys.executable, __file__, "--receive", uri, *options], stdout=subprocess.PIPE, text=True
         )
         try:
-            while not Path(folder, "simulation").exists() and receiver.poll() is None:
-                time.sleep(0.01)
-            send(uri, size, steps, local=local)
+            next(iter(receiver.stdout or ()), "")  # it waits, or has ended
+            send(uri, size, steps, parameters)
             words, _ = receiver.communicate()
         finally:
             receiver.kill()
             receiver.wait()
     print(words, end="")
-    alone = Rod(np.empty(size // 8), steps)
-    heat(alone.cells)
-    for _ in range(steps):
-        alone.step()
-    equal = f"digest {digest(alone)}" in words
+    equal = f"digest {undisturbed(size, steps)}" in words
     print("an undisturbed simulation ends with the same cells" if equal else "an undisturbed one ends with OTHER cells")
     return 0 if equal else 1
 
@@ -162,21 +188,32 @@ def main() -> int:
     """Run the example."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--size", default="1G", help="memory of the simulation (default: 1G)")
-    parser.add_argument("--steps", type=int, default=12000, help="of half a MiB each (default: 12000)")
+    parser.add_argument("--steps", type=int, default=4096, help="of half a MiB each (default: 4096)")
     parser.add_argument("--local", action="store_true", help="hand the memory over instead of copying it")
-    parser.add_argument("--receive", metavar="URI", help="only wait for a simulation there")
-    parser.add_argument("--send", metavar="URI", help="only start one, and move it there")
+    parser.add_argument("--tls-creds", metavar="DIR", default="", help="credentials for tls: addresses")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--receive", metavar="URI", help="only wait for a simulation there, and finish it")
+    what.add_argument("--send", metavar="URI", help="only start one, and move it there")
+    what.add_argument("--undisturbed", action="store_true", help="only run one that nobody moves")
     options = parser.parse_args()
-    size = parse_size(options.size)
     try:
-        if options.receive:
-            receive(options.receive, size, options.steps)
-        elif options.send:
-            send(options.send, size, options.steps, local=options.local)
-        else:
-            return demonstrate(size, options.steps, local=options.local)
+        return run(options)
     except DirtylogError as error:
         raise SystemExit(f"moving_simulation.py: error: {error}") from error
+
+
+def run(options: argparse.Namespace) -> int:
+    """Do what the options say; the exit status."""
+    size, steps = parse_size(options.size), options.steps
+    parameters = Parameters(share_memory=options.local, tls_creds=options.tls_creds)
+    if options.receive:
+        receive(options.receive, size, steps, options.tls_creds)
+    elif options.send:
+        send(options.send, size, steps, parameters)
+    elif options.undisturbed:
+        print(f"digest {undisturbed(size, steps)}")
+    else:
+        return demonstrate(size, steps, parameters)
     return 0
 
 

@@ -12,7 +12,7 @@ EXAMPLE = Path(__file__).parents[2] / "examples" / "moving_simulation.py"
 def test_moved_simulation_loses_no_step(options: list[str]) -> None:
     require_write_watch()
     done = subprocess.run(
-        [sys.executable, str(EXAMPLE), "--size", "32M", "--steps", "400", *options],
+        [sys.executable, str(EXAMPLE), "--size", "16M", "--steps", "400", *options],
         capture_output=True,
         text=True,
         timeout=60,
