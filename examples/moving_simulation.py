@@ -12,6 +12,7 @@ compares the outcome with that of an undisturbed one: exit status 0 if they are 
 
 Who waits names an address at which the other host reaches it: without one, as in ``tls::4444``, only this host does.
 ``docs/security.md`` tells how to make the credentials, and what ``tcp:``, which needs none, shows to all on the way.
+``two_hosts.py`` does it with two hosts made of one.
 """
 
 import argparse
