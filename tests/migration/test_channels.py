@@ -357,11 +357,11 @@ def test_further_channel_does_not_reach_memory_any_more_when_it_is_compared(
 
     def look(block: RAMBlock) -> bytes:
         seen.append(_side_threads())
-        return block.name.encode()
+        return block.name.encode().ljust(32)
 
     monkeypatch.setattr(incoming_module, "block_digest", look)
     task = Task(lambda: _send_for_ever(side))
-    main.send(Digests((b"ram", b"rom")))
+    main.send(Digests((b"ram".ljust(32), b"rom".ljust(32))))
     source.arrive(main)
     assert isinstance(task.error(), DisconnectedError)
     assert seen == [[], []]

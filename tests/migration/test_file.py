@@ -18,6 +18,8 @@ from dirtylog.migration.address import FileAddress
 from dirtylog.migration.file import FileOutlet, Layout, MachineFile
 from dirtylog.migration.incoming_file import IncomingFile
 from dirtylog.migration.messages import (
+    MAX_BODY,
+    MAX_NAMES,
     BlockInfo,
     EncodedPages,
     Handover,
@@ -209,6 +211,17 @@ def test_abort_ends_the_writing(path: Path) -> None:
         outlet.abort()
         with pytest.raises(CancelledError):
             outlet.send(PassEnd(1))
+
+
+@pytest.mark.parametrize(
+    "state", [{"cpu0": {"regs": bytes(MAX_BODY)}}, {"cpu0": {f"r{n}": b"" for n in range(MAX_NAMES + 1)}}]
+)
+def test_state_that_nobody_could_read_again_is_refused_and_leaves_nothing(  # M2
+    path: Path, state: dict[str, dict[str, bytes]]
+) -> None:
+    with closing(_begin(path)) as outlet, pytest.raises(ProtocolError, match=r"State message of|state may have"):
+        outlet.send(State(True, state))
+    assert list(path.parent.iterdir()) == []
 
 
 def test_what_a_file_cannot_hold_or_say_is_refused(path: Path) -> None:

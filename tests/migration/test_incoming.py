@@ -272,7 +272,7 @@ _REFUSED: dict[str, tuple[_Change, type[DirtylogError], str]] = {
         "memory differs from the source's at the switchover",
     ),
     "page left out": (_instead("ZeroPages"), ProtocolError, "memory differs from the source's at the switchover"),
-    "other digests": (_instead("Digests", piece(Digests((b"x", b"y")))), ProtocolError, "memory differs"),
+    "other digests": (_instead("Digests", piece(Digests((bytes(32), bytes(32))))), ProtocolError, "memory differs"),
     "digests that were agreed on are missing": (
         _instead("Digests"),
         ProtocolError,
@@ -519,7 +519,7 @@ _HOSTILE: dict[str, tuple[list[_Step], str]] = {
         "the source sent Shared when SHARED",
     ),
     "digests that were not agreed on": (
-        [_share, lambda source, _: source.send(Digests((b"x", b"y")))],
+        [_share, lambda source, _: source.send(Digests((bytes(32), bytes(32))))],
         "the source sent Digests instead of State",
     ),
 }
@@ -563,7 +563,7 @@ def test_shared_memory_that_changed_since_it_was_digested_is_refused(  # M5
     hello = Hello("fake", _FAKE_BLOCKS, True, 1, bytes(16), True, False)
     with _source(guest, hello) as (source, task):
         _share(source, memory)
-        source.send(Digests((b"x", b"y")))
+        source.send(Digests((bytes(32), bytes(32))))
         with pytest.raises(RefusedError, match="memory differs from the source's at the switchover"):
             source.expect(Ready)
     assert isinstance(task.error(), ProtocolError)

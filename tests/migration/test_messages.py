@@ -13,7 +13,11 @@ from dirtylog.migration.messages import (
     MAX_BATCH_PAGES,
     MAX_BODY,
     MAX_CHANNELS,
+    MAX_FACTS_BODY,
     MAX_FILES,
+    MAX_NAME,
+    MAX_NAMES,
+    MAX_PARTS,
     MAX_RUNS,
     MAX_SHORT_BODY,
     MESSAGES,
@@ -93,7 +97,7 @@ _TABLE: list[tuple[Stage, Message, str]] = [
         "0600 0000 2e000000 84 a6 6e756d626572 01 aa 737461727665645f6e73 cc c8"
         "a7 6465636f646564 ce 00100000 a9 6465636f64655f6e73 07",
     ),
-    (Stage.STREAMING, Digests((b"\x01\x02",)), "0700 0000 0d000000 81 a6 626c6f636b73 91 c4 02 0102"),
+    (Stage.STREAMING, Digests((b"\x01" * 32,)), f"0700 0000 2b000000 81 a6 626c6f636b73 91 c4 20 {'01' * 32}"),
     (
         Stage.STREAMING,
         State(True, {"cpu0": {"regs": b"\x00"}}),
@@ -354,12 +358,47 @@ def test_longest_tables_fit() -> None:
 def test_message_that_no_peer_would_accept_is_not_encoded() -> None:
     with pytest.raises(ProtocolError, match="a State message of 16777249 bytes is longer than 16777216"):
         encode(State(True, {"cpu0": {"regs": bytes(MAX_BODY)}}))
-    with pytest.raises(ProtocolError, match="a Digests message of 2097166 bytes is longer than 2097152"):
-        encode(Digests((bytes(MAX_SHORT_BODY),)))
+    with pytest.raises(ProtocolError, match="a Digests message of 2228237 bytes is longer than 2097152"):
+        encode(Digests((bytes(32),) * (1 << 16)))
+    with pytest.raises(ProtocolError, match="a Failed message of 32779 bytes is longer than 32768"):
+        encode(Failed("a" * MAX_FACTS_BODY))
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        {f"cpu{n}": {} for n in range(MAX_PARTS + 1)},
+        {"cpu0": {f"r{n}": b"" for n in range(MAX_NAMES + 1)}},
+        {"c" * (MAX_NAME + 1): {}},
+        {"cpu0": {"r" * (MAX_NAME + 1): b""}},
+    ],
+    ids=["parts", "names", "long part", "long name"],
+)
+def test_state_past_its_limits_is_neither_encoded_nor_decoded(parts: dict[str, dict[str, bytes]]) -> None:  # M5
+    with pytest.raises(
+        ProtocolError, match="a machine's state may have 1024 parts of 256 names, of 64 characters each"
+    ):
+        encode(State(True, parts))
+    with pytest.raises(ProtocolError, match="not a State message"):
+        decode_body(State, msgspec.msgpack.encode({"running": True, "parts": parts}))
+
+
+def test_largest_state_survives_the_wire() -> None:
+    names = {f"{n:0{MAX_NAME}}": b"" for n in range(MAX_NAMES)}
+    state = State(True, {f"{n:0{MAX_NAME}}": names if n == 7 else {} for n in range(MAX_PARTS)})
+    assert decode_body(State, encode(state)[HEAD.size :]) == state
+
+
+def test_error_does_not_quote_all_of_a_wrong_body() -> None:  # M5
+    with pytest.raises(ProtocolError) as caught:
+        decode_body(Joined, msgspec.msgpack.encode({"x" * 1000: 1}))
+    assert "unknown field `xxx" in str(caught.value)
+    assert len(str(caught.value)) < 300
 
 
 _counts = st.integers(0, _BIG)
 _sessions = st.binary(min_size=16, max_size=16)
+_digests = st.binary(min_size=32, max_size=32)
 _texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
 
 
@@ -405,13 +444,13 @@ _any_message: st.SearchStrategy[Message] = st.one_of(
         size=st.integers(1, PAGE_SIZE),
         difference=st.booleans(),
     ),
-    st.builds(Digests, st.lists(st.binary(max_size=40), max_size=5).map(tuple)),
+    st.builds(Digests, st.lists(_digests, max_size=5).map(tuple)),
     st.builds(
         State,
         st.booleans(),
         st.dictionaries(_texts, st.dictionaries(_texts, st.binary(max_size=40), max_size=4), max_size=4),
     ),
-    st.builds(Ready, st.lists(st.binary(max_size=40), max_size=5).map(tuple), _counts),
+    st.builds(Ready, st.lists(_digests, max_size=5).map(tuple), _counts),
     st.just(Handover()),
     st.just(Taken()),
     st.builds(Failed, _texts),

@@ -170,7 +170,7 @@ _REFUSED: dict[str, tuple[Callable[[tuple[Piece, ...]], tuple[Piece, ...]], type
     ),
     "ready before the state": (_instead("PassDone", piece(Ready((), 0))), ProtocolError, "sent Ready when PASS_ENDED"),
     "other digests": (
-        _instead("Ready", piece(Ready((b"x", b"y"), 0))),
+        _instead("Ready", piece(Ready((bytes(32), bytes(32)), 0))),
         RefusedError,
         "the destination's memory differs from the source's at the switchover",
     ),

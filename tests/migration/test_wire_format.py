@@ -11,7 +11,11 @@ from dirtylog.migration.messages import (
     MAX_BATCH_PAGES,
     MAX_BODY,
     MAX_CHANNELS,
+    MAX_FACTS_BODY,
     MAX_FILES,
+    MAX_NAME,
+    MAX_NAMES,
+    MAX_PARTS,
     MAX_RUNS,
     MAX_SHORT_BODY,
     MESSAGES,
@@ -84,7 +88,12 @@ def test_page_has_every_transition(tables: Tables) -> None:
 def test_page_has_the_limits(tables: Tables) -> None:
     limits = {what: bound for what, bound in tables["what", "at most"]}  # noqa: C416 - rows of any length to the types
     assert limits["length of a body, `State`"] == f"{MAX_BODY} bytes"
-    assert limits["length of a body, any other"] == f"{MAX_SHORT_BODY} bytes"
+    growing = "length of a body, `Hello`, `Digests`, `Ready` and those with run tables"
+    assert limits[growing] == f"{MAX_SHORT_BODY} bytes"
+    assert limits["length of a body, any other"] == f"{MAX_FACTS_BODY} bytes"
+    assert limits["parts in a `State`"] == str(MAX_PARTS)
+    assert limits["names in a part"] == str(MAX_NAMES)
+    assert limits["characters in the name of a part, or in one in it"] == str(MAX_NAME)
     assert limits["runs in a table"] == str(MAX_RUNS)
     assert limits["pages in one `Pages` or `EncodedPages`"] == str(MAX_BATCH_PAGES)
     assert limits["channels"] == str(MAX_CHANNELS)

@@ -25,6 +25,7 @@ from dirtylog.memory import RAMBlock
 from dirtylog.migration.messages import (
     MAX_BODY,
     BlockInfo,
+    Digest,
     Digests,
     Handover,
     Hello,
@@ -33,10 +34,13 @@ from dirtylog.migration.messages import (
     PassDone,
     PassEnd,
     Ready,
+    ShortText,
     State,
     Taken,
     Welcome,
     ZeroPages,
+    encode_body,
+    shortened,
 )
 from dirtylog.units import HUGE_PAGE_SIZE, MIB, PAGE_SIZE, align_up
 
@@ -55,9 +59,9 @@ _T = TypeVar("_T")
 class Description(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What the file is of. ``digests``: of the blocks, as `block_digest` has them; empty if none were asked for."""
 
-    machine: str
+    machine: ShortText
     blocks: tuple[BlockInfo, ...]
-    digests: tuple[bytes, ...]
+    digests: tuple[Digest, ...]
 
 
 class Layout:
@@ -160,7 +164,7 @@ class FileOutlet:
         elif isinstance(message, Digests):
             self._digests = message.blocks
         elif isinstance(message, State):
-            self._state = msgspec.msgpack.encode(message)
+            self._state = encode_body(message)
             self._write(self._state, self._layout.end)
             return len(self._state)
         elif isinstance(message, Handover):
@@ -298,7 +302,7 @@ class MachineFile:
         try:
             return msgspec.msgpack.decode(data, type=kind)
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
-            raise self._damaged(str(error)) from error
+            raise self._damaged(shortened(error)) from error
 
     def _read(self, offset: int, size: int) -> bytes:
         buffer = bytearray(size)

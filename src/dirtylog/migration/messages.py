@@ -5,6 +5,7 @@ a table of page runs for memory. The pages of a `Pages` message follow its frame
 `docs/wire-format.md` describes all of it byte by byte.
 """
 
+import itertools
 import struct
 from typing import Annotated, ClassVar, Final, cast
 
@@ -25,7 +26,15 @@ HEAD: Final = struct.Struct("<HHI")
 MAX_BODY: Final = 16 << 20
 """The longest body of a `State`; machine state takes some KiB per vCPU."""
 MAX_SHORT_BODY: Final = 2 << 20
-"""The longest body of any other message, with room for `MAX_RUNS`: what a stranger can make a destination hold."""
+"""The longest body of what grows with blocks or runs, with room for `MAX_RUNS`: what a stranger can make us hold."""
+MAX_FACTS_BODY: Final = 32 << 10
+"""The longest body of any other message, with room for a `ShortText`."""
+MAX_PARTS: Final = 1024
+"""The most parts of a machine's state: a few, and one for each vCPU."""
+MAX_NAMES: Final = 256
+"""The most names in one part of it, which may be registers."""
+MAX_NAME: Final = 64
+"""The most characters of the name of a part, or of one in it."""
 MAX_BATCH_PAGES: Final = 4096
 """The most pages that one message may carry, so that a receiver can bound what it waits for."""
 MAX_RUNS: Final = 1 << 16
@@ -44,10 +53,14 @@ _RUN_TABLE: Final = struct.Struct("<II")
 _ENCODING: Final = struct.Struct("<II")
 """What follows the runs of encoded pages: size of the payload, and 1 if it holds differences, else 0."""
 _WIRE_RUNS: Final = np.dtype("<i8")
+_LONGEST_REASON: Final = 200
 
 ShortText = Annotated[str, msgspec.Meta(max_length=4096)]
 Count = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
 Session = Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]
+Digest = Annotated[bytes, msgspec.Meta(min_length=32, max_length=32)]
+Name = Annotated[str, msgspec.Meta(max_length=MAX_NAME)]
+Part = Annotated[dict[Name, bytes], msgspec.Meta(max_length=MAX_NAMES)]
 ProcessID = Annotated[int, msgspec.Meta(ge=1, le=(1 << 31) - 1)]
 
 
@@ -111,7 +124,7 @@ class Digests(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Source: the digest of each block now that nothing writes it any more, in the order of the blocks."""
 
     TYPE: ClassVar[int] = 7
-    blocks: tuple[bytes, ...]
+    blocks: tuple[Digest, ...]
 
 
 class State(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -119,7 +132,7 @@ class State(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     TYPE: ClassVar[int] = 8
     running: bool
-    parts: dict[str, dict[str, bytes]]
+    parts: Annotated[dict[Name, Part], msgspec.Meta(max_length=MAX_PARTS)]
 
 
 class Ready(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -129,7 +142,7 @@ class Ready(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """
 
     TYPE: ClassVar[int] = 9
-    digests: tuple[bytes, ...]
+    digests: tuple[Digest, ...]
     verify_ns: Count
 
 
@@ -328,6 +341,7 @@ _PACKED: Final = {
     )
 }
 _RUN_TABLES: Final = {kind.TYPE: kind for kind in (Pages, ZeroPages, EncodedPages, Owed, Lacking)}
+_GROWING: Final = frozenset({Hello, Digests, Ready, *_RUN_TABLES.values()})
 MESSAGES: Final[dict[int, type[Message]]] = {**_PACKED, **_RUN_TABLES}
 
 _encoder: Final = msgspec.msgpack.Encoder()
@@ -335,7 +349,17 @@ _decoders: Final = {kind: msgspec.msgpack.Decoder(kind) for kind in _PACKED.valu
 
 
 def encode(message: Message) -> bytes:
-    """A message's frame."""
+    """A message's frame.
+
+    Raises:
+        ProtocolError: no peer would take it.
+    """
+    body = encode_body(message)
+    return HEAD.pack(message.TYPE, 0, len(body)) + body
+
+
+def encode_body(message: Message) -> bytes:
+    """The frame without its head, see `encode`."""
     if isinstance(message, RunTable):
         body = _RUN_TABLE.pack(message.block, len(message.runs)) + message.runs.astype(_WIRE_RUNS).tobytes()
         if isinstance(message, EncodedPages):
@@ -345,11 +369,25 @@ def encode(message: Message) -> bytes:
     longest = _longest_body(type(message))
     if len(body) > longest:
         raise ProtocolError(f"a {type(message).__name__} message of {len(body)} bytes is longer than {longest}")
-    return HEAD.pack(message.TYPE, 0, len(body)) + body
+    if isinstance(message, State):
+        _check_state(message)
+    return body
+
+
+def _check_state(state: State) -> None:
+    parts = state.parts.values()
+    names = itertools.chain(state.parts, *parts)
+    if len(parts) > MAX_PARTS or max(map(len, parts), default=0) > MAX_NAMES or any(len(n) > MAX_NAME for n in names):
+        raise ProtocolError(
+            f"a machine's state may have {MAX_PARTS} parts of {MAX_NAMES} names, of {MAX_NAME} characters each",
+            remedy="join what is in them",
+        )
 
 
 def _longest_body(kind: type[Message]) -> int:
-    return MAX_BODY if kind is State else MAX_SHORT_BODY
+    if kind is State:
+        return MAX_BODY
+    return MAX_SHORT_BODY if kind in _GROWING else MAX_FACTS_BODY
 
 
 def decode_head(head: bytes) -> tuple[type[Message], int]:
@@ -383,7 +421,13 @@ def decode_body(kind: type[Message], body: bytes) -> Message:
     try:
         return cast("Packed", _decoders[kind].decode(body))
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise ProtocolError(f"the stream is corrupt: not a {kind.__name__} message ({error})") from error
+        raise ProtocolError(f"the stream is corrupt: not a {kind.__name__} message ({shortened(error)})") from error
+
+
+def shortened(error: Exception) -> str:
+    """What is wrong with a body, of which the error may quote all."""
+    text = str(error)
+    return text if len(text) <= _LONGEST_REASON else f"{text[:_LONGEST_REASON]}..."
 
 
 def _decode_encoded(body: bytes) -> EncodedPages:
