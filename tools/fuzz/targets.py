@@ -19,6 +19,9 @@ from dirtylog.migration.file import Description, Layout, MachineFile
 from dirtylog.migration.messages import (
     HEAD,
     MAX_BATCH_PAGES,
+    MAX_NAME,
+    MAX_NAMES,
+    MAX_PARTS,
     MAX_RUNS,
     MESSAGES,
     EncodedPages,
@@ -154,6 +157,11 @@ def body(data: bytes) -> None:
 
 def check(message: Message) -> None:
     """Whether a message that was received is what `docs/wire-format.md` says of it."""
+    if isinstance(message, State):
+        names = [name for part in message.parts.values() for name in part]
+        assert len(message.parts) <= MAX_PARTS
+        assert all(len(part) <= MAX_NAMES for part in message.parts.values())
+        assert all(len(name) <= MAX_NAME for name in (*message.parts, *names))
     if not isinstance(message, RunTable):
         return
     runs = message.runs.tolist()

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from support.require import require
 
+from tools.fuzz import __main__ as fuzz_main
 from tools.fuzz.__main__ import main
 from tools.fuzz.targets import TARGETS
 
@@ -22,6 +23,16 @@ def test_target_is_fuzzed_for_so_many_inputs(tmp_path: Path, capfd: pytest.Captu
     assert "2,000" in out
     assert "none" in out
     assert err == ""
+
+
+@pytest.mark.usefixtures("engine")
+def test_many_inputs_are_run_by_one_engine_after_the_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(fuzz_main, "ROUND", 1500)
+    assert main(["--target", "body", "--runs", "2000", "--folder", str(tmp_path)]) == 0
+    assert "2,000" in capfd.readouterr().out
+    assert "Done 500 runs" in (tmp_path / "body.log").read_text()
 
 
 @pytest.mark.parametrize("arguments", [["--runs", "0"], ["--seconds", "5"], ["--target", "nonsense"]])
