@@ -45,7 +45,7 @@ def _lives(pid: int) -> bool:
 @pytest.mark.parametrize("options", [[], ["--plain"]], ids=["encrypted", "plain"])
 def test_simulation_moved_to_another_host_loses_no_step(tmp_path: Path, options: list[str]) -> None:
     done = subprocess.run(
-        [*COMMAND, "--steps", "400", *options],
+        [*COMMAND, "--steps", "800", *options],
         env=environment() | {"TMPDIR": str(tmp_path)},
         capture_output=True,
         text=True,
