@@ -72,7 +72,7 @@ class Host:
         self._stack = stack
         holder = start(stack, "unshare", "--net", "sh", "-c", "echo made; exec cat")
         if not line_of(holder):
-            raise SystemExit("two_hosts.py: error: no network namespace can be made; root of a container may not, say")
+            raise SystemExit("two_hosts.py: error: no network namespace can be made; a container needs CAP_SYS_ADMIN")
         self.namespace = f"/proc/{holder.pid}/ns/net"
 
     def start(self, *command: str) -> Child:
