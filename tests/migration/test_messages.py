@@ -389,11 +389,12 @@ def test_largest_state_survives_the_wire() -> None:
     assert decode_body(State, encode(state)[HEAD.size :]) == state
 
 
-def test_error_does_not_quote_all_of_a_wrong_body() -> None:  # M5
+def test_error_neither_quotes_nor_keeps_all_of_a_wrong_body() -> None:  # M5, M10
     with pytest.raises(ProtocolError) as caught:
         decode_body(Joined, msgspec.msgpack.encode({"x" * 1000: 1}))
     assert "unknown field `xxx" in str(caught.value)
     assert len(str(caught.value)) < 300
+    assert caught.value.__context__ is None
 
 
 _counts = st.integers(0, _BIG)

@@ -421,7 +421,9 @@ def decode_body(kind: type[Message], body: bytes) -> Message:
     try:
         return cast("Packed", _decoders[kind].decode(body))
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise ProtocolError(f"the stream is corrupt: not a {kind.__name__} message ({shortened(error)})") from error
+        reason = shortened(error)
+    # Not as that one's cause, which may quote all of a stranger's body, for as long as the stranger is told of it.
+    raise ProtocolError(f"the stream is corrupt: not a {kind.__name__} message ({reason})")
 
 
 def shortened(error: Exception) -> str:
