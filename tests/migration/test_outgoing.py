@@ -39,6 +39,7 @@ from dirtylog.migration import (
     Status,
     letting_go,
     parse_address,
+    remainder,
 )
 from dirtylog.migration import channel as channel_module
 from dirtylog.migration import outgoing as outgoing_module
@@ -326,7 +327,8 @@ def test_destination_that_falls_silent_is_given_up(  # M2
 
 def _late(monkeypatch: pytest.MonkeyPatch, directory: Path, recording: Recording, last: bytes) -> tuple[str, Task]:
     """A destination that says nothing where ``Taken`` is due, but when it is looked for, and then is gone."""
-    monkeypatch.setattr(outgoing_module, "STALL_TIMEOUT", 0.05)
+    for module in (outgoing_module, remainder):
+        monkeypatch.setattr(module, "STALL_TIMEOUT", 0.05)
     asked, said = threading.Event(), threading.Event()
     server = socket.socket(socket.AF_UNIX)
     server.bind(str(directory / "late"))

@@ -4,7 +4,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from dirtylog.migration import channel, letting_go, outgoing, reception
+from dirtylog.migration import channel, letting_go, reception, remainder
 from dirtylog.migration.messages import (
     HEAD,
     MAGIC,
@@ -117,6 +117,6 @@ def test_page_has_preamble_head_and_times(tables: Tables) -> None:
     assert f"keeps {reception.MAX_VISITORS} connections at most" in text
     assert f"not within its first {reception.GRACE} s" in text
     assert silence["source, with `verify`", "`Ready`"].startswith(f"{stall}, and 1 s more for each 200 MiB")
-    assert outgoing._SLOW_DIGEST == 200 * MIB
+    assert remainder._SLOW_DIGEST == 200 * MIB
     assert f"waited for {letting_go._GONE_TIMEOUT:.0f} s" in text
     assert f"up to {channel._DRAIN_SECONDS:.0f} s" in text

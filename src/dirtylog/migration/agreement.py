@@ -1,16 +1,36 @@
-"""Whether a machine can take over what another one was."""
+"""What a source announces, and whether a machine can take that over."""
 
 from collections.abc import Iterable
 
 from dirtylog.errors import UsageError
+from dirtylog.linux.process import ProcessName
 from dirtylog.machine import Machine
-from dirtylog.migration.messages import BlockInfo
+from dirtylog.migration.messages import BlockInfo, Hello, Welcome
+from dirtylog.migration.outlet import Outlet
+from dirtylog.migration.parameters import Parameters
 from dirtylog.units import PAGE_SIZE, format_size
 
 
 def block_infos(machine: Machine) -> tuple[BlockInfo, ...]:
     """A machine's blocks, as they are announced."""
     return tuple(BlockInfo(block.name, block.size, PAGE_SIZE) for block in machine.memory.blocks.values())
+
+
+def greet(channel: Outlet, machine: Machine, parameters: Parameters, session: bytes) -> ProcessName:
+    """Announce a machine and how it is to be moved; the destination's process, which has let it in."""
+    channel.send(
+        Hello(
+            machine.kind,
+            block_infos(machine),
+            parameters.verify,
+            parameters.channels,
+            session,
+            parameters.share_memory,
+            parameters.postcopy,
+        )
+    )
+    welcome = channel.expect(Welcome)
+    return ProcessName(welcome.boot_id, welcome.pid, welcome.start_time)
 
 
 def check_fits(machine: Machine, kind: str, blocks: tuple[BlockInfo, ...]) -> None:

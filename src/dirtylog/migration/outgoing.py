@@ -6,45 +6,39 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
-from typing import Final
 
 from dirtylog.errors import (
     CancelledError,
     DirtylogError,
     DisconnectedError,
     InDoubtError,
-    RefusedError,
     UsageError,
 )
 from dirtylog.linux.process import ProcessName
 from dirtylog.machine import DirtyLimit, Machine, RunState
 from dirtylog.migration import postcopy, sharing
 from dirtylog.migration.address import Address, FileAddress
-from dirtylog.migration.agreement import block_infos
+from dirtylog.migration.agreement import greet
 from dirtylog.migration.channel import STALL_TIMEOUT
 from dirtylog.migration.connections import Connections
 from dirtylog.migration.custody import Custody, Event
-from dirtylog.migration.digest import block_digest
 from dirtylog.migration.governor import Governor
 from dirtylog.migration.lanes import Lanes, senders
 from dirtylog.migration.letting_go import LettingGo
-from dirtylog.migration.messages import Digests, Hello, PassDone, Ready, State, Welcome
+from dirtylog.migration.messages import PassDone
 from dirtylog.migration.outlet import Outlet
 from dirtylog.migration.owed import OwedPages
 from dirtylog.migration.parameters import Compression, Parameters, Slowdown
 from dirtylog.migration.postcopy import Postcopy
 from dirtylog.migration.precopy import Precopy
+from dirtylog.migration.remainder import send_state
 from dirtylog.migration.statistics import ENDED, DowntimeParts, Statistics, Status
 from dirtylog.migration.switchover import should_switch_over
-from dirtylog.units import MIB
 
 StatusObserver = Callable[[Status], None]
 """Told each new status, in the migration's thread or in that of `OutgoingMigration.cancel`."""
 PassObserver = Callable[[int], None]
 """Told the number of each pass that begins, in the migration's thread."""
-
-_SLOW_DIGEST: Final = 200 * MIB
-"""Bytes a second that a destination computes digests at, at the very least."""
 
 
 class OutgoingMigration:
@@ -281,19 +275,7 @@ class OutgoingMigration:
         self.agreed = self.parameters
         if isinstance(self._address, FileAddress):  # where each page has its place, whatever it is made of
             self.agreed = replace(self.parameters, compression=Compression.NONE, delta_cache=0)
-        channel.send(
-            Hello(
-                self._machine.kind,
-                block_infos(self._machine),
-                self.agreed.verify,
-                self.agreed.channels,
-                self._session,
-                self.agreed.share_memory,
-                self.agreed.postcopy,
-            )
-        )
-        welcome = channel.expect(Welcome)
-        return ProcessName(welcome.boot_id, welcome.pid, welcome.start_time)
+        return greet(channel, self._machine, self.agreed, self._session)
 
     def _send_while_running(self, precopy: Precopy) -> None:
         self._enter(Status.ACTIVE)
@@ -357,7 +339,9 @@ class OutgoingMigration:
             self._enter(Status.DEVICE)
             send_rest()
             moments.append(time.monotonic())
-            self._send_state(channel, running=before is RunState.RUNNING)
+            send_state(
+                channel, self._machine, self.statistics, running=before is RunState.RUNNING, verify=self.agreed.verify
+            )
             moments.append(time.monotonic() - self.statistics.verify_seconds)
             self._hand_over(channel, destination)
             moments.append(time.monotonic() - self.statistics.verify_seconds)
@@ -381,26 +365,6 @@ class OutgoingMigration:
             self._switchover_allowed.wait()
             if self._cancelled.is_set():
                 raise CancelledError("the migration was cancelled")
-
-    def _send_state(self, channel: Outlet, *, running: bool) -> None:
-        """Send what is not memory, and wait until the destination has loaded everything."""
-        blocks = self._machine.memory.blocks.values()
-        digests: tuple[bytes, ...] = ()
-        asked = 0.0
-        if self.agreed.verify:
-            began = time.monotonic()
-            digests = tuple(block_digest(block) for block in blocks)
-            asked = time.monotonic()
-            self.statistics.verify_seconds = asked - began
-            channel.send(Digests(digests))
-            channel.set_timeout(STALL_TIMEOUT + self.statistics.total_bytes / _SLOW_DIGEST)
-        channel.send(State(running, self._machine.save_state()))
-        ready = channel.expect(Ready)
-        if ready.digests != digests:
-            raise RefusedError("the destination's memory differs from the source's at the switchover")
-        if self.agreed.verify:  # the destination cannot have compared for longer than we waited, whatever it says
-            self.statistics.verify_seconds += min(ready.verify_ns / 1e9, time.monotonic() - asked)
-        self.statistics.digests = dict(zip((block.name for block in blocks), digests, strict=False))
 
     def _hand_over(self, channel: Outlet, destination: ProcessName) -> None:
         with self._lock:
