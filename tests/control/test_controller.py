@@ -15,7 +15,8 @@ from dirtylog.control.controller import Controller, ShutdownCause
 from dirtylog.control.settings import Capability
 from dirtylog.errors import CancelledError, DirtylogError, DisconnectedError, GuestError, HostError, UsageError
 from dirtylog.machine import RunState
-from dirtylog.migration import IncomingMigration, Listener, OutgoingMigration, Status, connect, parse_address
+from dirtylog.memory import Memory
+from dirtylog.migration import IncomingMigration, Listener, OutgoingMigration, Status, connect, parse_address, sharing
 from dirtylog.migration.agreement import block_infos
 from dirtylog.migration.messages import Hello, Welcome
 from dirtylog.units import MIB
@@ -201,6 +202,26 @@ class TestMigrate:
             _wait_ended(controller)
             with pytest.raises(UsageError, match="migrated away already"):
                 controller.migrate(uri)
+
+    def test_guest_whose_memory_is_still_let_go_of_is_refused(
+        self, controller: Controller, uri: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        gate, let_go = threading.Event(), sharing.let_go
+
+        def wait_and_let_go(memory: Memory) -> None:
+            assert gate.wait(BOUND)
+            let_go(memory)
+
+        monkeypatch.setattr(sharing, "let_go", wait_and_let_go)
+        controller.change_parameters(share_memory=True)
+        with _receiver(uri):
+            controller.migrate(uri)
+            assert _wait_ended(controller).status is Status.COMPLETED
+            assert controller.machine.state is RunState.FINISH_MIGRATE
+            with pytest.raises(UsageError, match="migrated away already"):
+                controller.migrate(uri)
+            gate.set()
+            wait_until(lambda: controller.machine.state is RunState.POSTMIGRATE, "the memory was let go of")
 
     def test_guest_that_has_not_arrived_is_refused(self, uri: str) -> None:
         with _receiver(uri) as receiver, pytest.raises(UsageError, match="has not arrived here yet"):

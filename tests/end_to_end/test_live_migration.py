@@ -122,8 +122,8 @@ def test_guest_is_handed_over_with_its_memory_and_runs_on(place: Place, options:
             report = msgspec.json.decode(migration.out)
         assert (report["status"], report["ram"]["transferred"], report["x-passes"]) == ("completed", 0, [])
         assert len(report["x-digests"]["pc.ram"]) == 64
-        assert source.state == "postmigrate"
-        assert place.rounds(source) == 0  # has let go of it
+        wait_until(lambda: source.state == "postmigrate", "the source has let go of the memory")
+        assert place.rounds(source) == 0
         assert place.rounds(destination) >= before
         place.check_runs_on(destination)
         uri = f"unix:{place.path('further')}"

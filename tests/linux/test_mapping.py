@@ -215,7 +215,7 @@ def test_adopted_file_is_seen_at_the_same_address_by_all_who_look_there(
     mapping.array[:] = 0xEE
     other.array[3 * PAGE_SIZE] = 7
 
-    mapping.adopt(os.dup(other.fd))
+    os.close(mapping.adopt(os.dup(other.fd)))
 
     assert (mapping.address, mapping.size) == (address, 16 * PAGE_SIZE)
     assert same_file(mapping.fd, other.fd)
@@ -228,15 +228,19 @@ def test_adopted_file_is_seen_at_the_same_address_by_all_who_look_there(
 def test_adopted_file_outlives_the_one_who_gave_it(mapping: MemfdMapping) -> None:
     other = MemfdMapping("other", mapping.size)
     other.array[:] = 7
-    mapping.adopt(os.dup(other.fd))
+    os.close(mapping.adopt(os.dup(other.fd)))
     other.close()
     assert mapping.array.min() == 7
 
 
-def test_adopted_file_is_owned_and_the_own_one_closed(mapping: MemfdMapping, other: MemfdMapping) -> None:
+def test_adopted_file_is_owned_and_the_own_one_the_callers(mapping: MemfdMapping, other: MemfdMapping) -> None:
     before = open_descriptors()
-    for _ in range(3):
-        mapping.adopt(os.dup(other.fd))
+    mapping.array[:] = 7
+    own = mapping.adopt(os.dup(other.fd))
+    assert os.pread(own, 1, 0) == b"\x07"
+    os.close(own)
+    for _ in range(2):
+        os.close(mapping.adopt(os.dup(other.fd)))
     assert len(open_descriptors()) == len(before)
     mapping.close()
     assert len(open_descriptors()) == len(before) - 1
@@ -346,7 +350,7 @@ def test_closed_memory_adopts_and_renews_nothing(other: MemfdMapping) -> None:
 
 def test_renewed_memory_is_empty_and_others_keep_what_was_there(mapping: MemfdMapping, other: MemfdMapping) -> None:
     other.array[:] = 7
-    mapping.adopt(os.dup(other.fd))
+    os.close(mapping.adopt(os.dup(other.fd)))
     array = mapping.array
     before = open_descriptors()
 

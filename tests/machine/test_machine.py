@@ -2,7 +2,7 @@ from collections.abc import Callable
 
 import pytest
 
-from dirtylog.errors import GuestError, UsageError
+from dirtylog.errors import GuestError, HostError, UsageError
 from dirtylog.machine import Machine, MachineState, RunState
 from dirtylog.memory import Memory, TrackingReason
 
@@ -100,6 +100,16 @@ def test_machine_that_stood_still_is_held_and_released_standing_still(toy: Toy) 
     toy.release(RunState.RUNNING)
 
     assert (toy.state, toy.calls) == (RunState.PAUSED, [])
+
+
+def test_machine_that_is_released_to_an_end_never_runs_again_and_says_why(toy: Toy) -> None:
+    toy.resume()
+    toy.hold(RunState.FINISH_MIGRATE)
+    failure = HostError("no memory", remedy="more")
+    toy.release(RunState.INTERNAL_ERROR, failure)
+    assert (toy.state, toy.failure, toy.calls) == (RunState.INTERNAL_ERROR, failure, ["run", "stop"])
+    with pytest.raises(UsageError, match="has ended"):
+        toy.resume()
 
 
 def test_guest_that_ended_cannot_be_held(toy: Toy) -> None:

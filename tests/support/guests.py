@@ -8,10 +8,10 @@ from support.fake_machine import FIRST, LAST, FakeMachine
 from support.waiting import wait_until
 
 from dirtylog.guests.dirtier import COUNTER_ADDRESS, STARTED, STARTED_ADDRESS, build, check_pages
-from dirtylog.machine import KVMMachine, RunState, boot_sector
+from dirtylog.machine import KVMMachine, RunState, UnicornMachine, boot_sector
 from dirtylog.units import MIB, PAGE_SIZE
 
-Guest = FakeMachine | KVMMachine
+Guest = FakeMachine | KVMMachine | UnicornMachine
 
 KVM_RAM: Final = 8 * MIB
 _KVM_RANGE: Final = (1 * MIB, 3 * MIB)
@@ -19,10 +19,10 @@ _KVM_RANGE: Final = (1 * MIB, 3 * MIB)
 
 @contextmanager
 def machine(kind: str, *, boot: bool) -> Iterator[Guest]:
-    """A machine of a kind, ``fake`` or ``kvm``, with the dirtier loaded unless a guest is to arrive there."""
+    """A machine of a kind, ``fake``, ``kvm`` or ``unicorn``, with the dirtier loaded unless a guest is to arrive."""
     made: Guest
-    if kind == "kvm":
-        made = KVMMachine(KVM_RAM)
+    if kind in ("kvm", "unicorn"):
+        made = KVMMachine(KVM_RAM) if kind == "kvm" else UnicornMachine(KVM_RAM)
         if boot:
             boot_sector(made, build(*_KVM_RANGE))
     else:

@@ -260,7 +260,7 @@ class Controller:
             raise UsageError("the guest has not arrived here yet", remedy="wait for the incoming migration to end")
         if isinstance(self.incoming, IncomingMigration) and self.incoming.owed:
             raise UsageError("some of the guest's memory has not arrived here yet", remedy="wait for it")
-        if self.machine.state is RunState.POSTMIGRATE:
+        if self.machine.state in (RunState.POSTMIGRATE, RunState.FINISH_MIGRATE):  # it may be letting go of memory
             raise UsageError(
                 "the guest was migrated away already", remedy="'cont' takes it back if it does not run there"
             )

@@ -214,11 +214,15 @@ class MemfdMapping(_Mapped):
         """Where the first data in [start, end) begin; ``end`` if it is a hole. Takes no time where there are data."""
         return files.next_data(self.fd, start, end)
 
-    def adopt(self, fd: int) -> None:
+    def adopt(self, fd: int) -> int:
         """Take over another memfd in place of the own, at the same address; its descriptor is owned here from now on.
 
-        What was here is gone. Arrays and memoryviews of the memory show the other's contents from then on, and so do
-        guests that have it mapped.
+        Arrays and memoryviews of the memory show the other's contents from then on, and so do guests that have it
+        mapped.
+
+        Returns:
+            The memfd that was here, which is the caller's; -1 if there was none. What it holds takes memory until it is
+            closed, and that takes time.
 
         Raises:
             UsageError: it is no memfd of the same size, or somebody could make it shorter, or it cannot be written. It
@@ -241,8 +245,7 @@ class MemfdMapping(_Mapped):
                 raise UsageError("the memfd cannot be written") from error
             raise _cannot_map(self.size, error) from error
         self.fd, own = fd, self.fd
-        if own >= 0:
-            os.close(own)
+        return own
 
     def renew(self) -> None:
         """Have empty memory in place of what is here. Others who have that mapped keep it to themselves.

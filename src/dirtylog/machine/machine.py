@@ -203,10 +203,16 @@ class Machine(ABC):
             self._go(state)
             return before
 
-    def release(self, state: RunState) -> None:
-        """The reverse of `hold`: to a state outside `HELD`. Nothing to do if it is not held."""
+    def release(self, state: RunState, failure: DirtylogError | None = None) -> None:
+        """The reverse of `hold`: to a state outside `HELD`. Nothing to do if it is not held.
+
+        Args:
+            state: what it is from now on.
+            failure: why, if that is one of `ENDED`.
+        """
         with self._state_lock:
             if self._state in HELD:
+                self.failure = failure
                 self._go(state)
 
     def _check_free(self) -> None:

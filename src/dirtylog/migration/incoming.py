@@ -206,13 +206,15 @@ class IncomingMigration:
             channel.send(Welcome(name.boot_id, name.pid, name.start_time))
             if hello.shared:
                 reception.close()
-                state = self._receive_shared(channel)
+                state = self._receive_shared(channel, stack)
             else:
                 state = self._receive_copied(channel, hello, reception, stack)
             self._taking_over.confirm(channel)
             self._machine.release(RunState.RUNNING if state.running else RunState.PAUSED)
             if self._arrival is not None and self._arrival.begun:
                 self._arrival.run(channel)
+            if hello.shared:
+                channel.finish()  # the source is to hear that the guest runs before this side takes time to free memory
         self._observe(Status.COMPLETED)
 
     def _receive_copied(
@@ -232,11 +234,11 @@ class IncomingMigration:
             raise ProtocolError("the source owes memory, which was not agreed on")
         return self._prepare(channel, self._arrival.begin(channel, urgent, message))
 
-    def _receive_shared(self, channel: Channel) -> State:
-        """Use the source's own memory, unless it is not handed over in the end."""
+    def _receive_shared(self, channel: Channel, stack: contextlib.ExitStack) -> State:
+        """Use the source's own memory, unless it is not handed over in the end. What was here goes with ``stack``."""
         self._preparer.join()
         try:
-            sharing.take(channel, self._machine.memory)
+            sharing.take(channel, self._machine.memory, stack)
             channel.send(PassDone(0, 0, 0, 0))
             channel.set_timeout(0)
             return self._prepare(channel, channel.expect(Digests) if self._verify else channel.expect(State))

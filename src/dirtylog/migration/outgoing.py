@@ -189,10 +189,14 @@ class OutgoingMigration:
     def run(self) -> None:
         """Migrate. When this returns, the destination runs the guest.
 
+        Where memory is shared it has completed already when the destination runs the guest. The machine is held until
+        the memory has been let go of as well.
+
         Raises:
             CancelledError: `cancel` was called; the guest is as it was.
             InDoubtError: the guest was handed over, and nobody confirmed it; it stays stopped here.
-            DirtylogError: it failed; the guest is as it was.
+            DirtylogError: it failed; the guest is as it was. Or it has completed, and this machine has ended, as it
+                could not let go of its memory.
         """
         self._began = time.monotonic()
         try:
@@ -206,10 +210,11 @@ class OutgoingMigration:
             if failure is error or not isinstance(error, Exception):
                 raise
             raise failure from error
-        self._end(Status.COMPLETED)
+        if not self.ended:
+            self._end(Status.COMPLETED)
 
     def _failed(self, error: BaseException) -> DirtylogError:
-        """Note that it ended before its time; the error that tells why."""
+        """Note that it ended before its time, unless it had completed; the error that tells why."""
         cancelled = self._cancelled.is_set()
         if cancelled:
             failure: DirtylogError = CancelledError("the migration was cancelled")
@@ -219,8 +224,9 @@ class OutgoingMigration:
             failure = DirtylogError(f"a defect in dirtylog ended the migration: {error!r}")
         else:
             failure = DirtylogError(f"the thread of the migration was interrupted by {type(error).__name__}")
-        self.error = failure
-        self._end(Status.CANCELLED if cancelled else Status.FAILED)
+        if not self.ended:
+            self.error = failure
+            self._end(Status.CANCELLED if cancelled else Status.FAILED)
         return failure
 
     def _migrate(self, channel: Outlet) -> None:
@@ -253,6 +259,7 @@ class OutgoingMigration:
                 self._switch_over(
                     channels[0], destination, send_rest=lambda: self._send_rest(precopy, channels[0], urgent)
                 )
+                self._send_owed()
         except BaseException:
             if len(channels) > 1:  # their threads may wait for the destination, which may have last words
                 for each in channels:
@@ -269,7 +276,12 @@ class OutgoingMigration:
         channel.expect(PassDone)  # mapping takes the longer the larger it is, and the guest need not wait for that
         self.statistics.setup_seconds = time.monotonic() - self._began
         self._enter(Status.ACTIVE)
-        self._switch_over(channel, destination, let_go=lambda: sharing.let_go(memory))
+        self._switch_over(channel, destination)
+        try:
+            self._connections.close()
+            self._end(Status.COMPLETED)
+        finally:
+            sharing.release(self._machine)  # neither the guest, which runs, nor who waits for the end waits for this
 
     def _agree(self, channel: Outlet) -> ProcessName:
         self.agreed = self.parameters
@@ -320,14 +332,9 @@ class OutgoingMigration:
         self.statistics.downtime_bytes = self.statistics.passes[-1].bytes
 
     def _switch_over(
-        self,
-        channel: Outlet,
-        destination: ProcessName,
-        *,
-        send_rest: Callable[[], None] = lambda: None,
-        let_go: Callable[[], None] = lambda: None,
+        self, channel: Outlet, destination: ProcessName, *, send_rest: Callable[[], None] = lambda: None
     ) -> None:
-        """Stop the guest, send the rest, hand over; let go of what the destination has now.
+        """Stop the guest, send the rest, hand over. The machine is still held then.
 
         Whatever goes wrong before the guest is let go brings it back; after that only proof that it is nowhere else.
         """
@@ -345,12 +352,14 @@ class OutgoingMigration:
             moments.append(time.monotonic() - self.statistics.verify_seconds)
             self._hand_over(channel, destination)
             moments.append(time.monotonic() - self.statistics.verify_seconds)
-            let_go()
         except BaseException:
             self._machine.release(before if self._letting_go.custody is Custody.MINE else RunState.POSTMIGRATE)
             raise
         self.statistics.downtime = moments[-1] - moments[0]
         self.statistics.downtime_parts = DowntimeParts(*(end - start for start, end in pairwise(moments)))
+
+    def _send_owed(self) -> None:
+        """Send what the guest lacks at the destination, if it does, and let others have the machine."""
         try:
             if self._postcopy is not None:
                 self._postcopy.run()

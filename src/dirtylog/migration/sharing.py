@@ -9,8 +9,9 @@ import contextlib
 import os
 from collections.abc import Iterator, Sequence
 
-from dirtylog.errors import ProtocolError, UsageError
+from dirtylog.errors import DirtylogError, ProtocolError, UsageError
 from dirtylog.linux.mapping import MemfdMapping
+from dirtylog.machine import Machine, RunState
 from dirtylog.memory import Memory, MemoryRegion
 from dirtylog.migration.address import Address, UnixAddress
 from dirtylog.migration.channel import Channel
@@ -47,8 +48,13 @@ def offer(channel: Outlet, memory: Memory) -> None:
     channel.send_files([mapping.fd for mapping in mappings])
 
 
-def take(channel: Channel, memory: Memory) -> None:
+def take(channel: Channel, memory: Memory, replaced: contextlib.ExitStack) -> None:
     """Receive memory, as the destination, in place of what there is.
+
+    Args:
+        channel: where it comes from.
+        memory: where it belongs.
+        replaced: to be closed when there is time: what was there goes then, and that takes milliseconds a GiB.
 
     Raises:
         ProtocolError: something else came. What was taken until then is the caller's to `let_go`.
@@ -60,8 +66,9 @@ def take(channel: Channel, memory: Memory) -> None:
     try:
         with _replacing(memory):
             for mapping in mappings:
-                mapping.adopt(files[0])
+                own = mapping.adopt(files[0])
                 files.pop(0)
+                replaced.callback(_close, own)
     except UsageError as error:
         raise ProtocolError(f"the source shares memory that cannot be used: {error}") from error
     finally:
@@ -74,6 +81,27 @@ def let_go(memory: Memory) -> None:
     with _replacing(memory):
         for mapping in _mappings(memory):
             mapping.renew()
+
+
+def release(machine: Machine) -> None:
+    """Let go of a machine that is held, and of its memory first: nobody is to run it on the memory of others.
+
+    Takes the longer the more memory there is. If it fails, the machine has ended.
+
+    Raises:
+        HostError, KernelError: the host cannot map other memory.
+    """
+    try:
+        let_go(machine.memory)
+    except DirtylogError as error:
+        machine.release(RunState.INTERNAL_ERROR, error)
+        raise
+    machine.release(RunState.POSTMIGRATE)
+
+
+def _close(file: int) -> None:
+    if file >= 0:
+        os.close(file)
 
 
 @contextlib.contextmanager
