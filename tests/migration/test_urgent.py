@@ -7,7 +7,7 @@ from support.waiting import Task, wait_until
 
 from dirtylog.errors import DirtylogError, DisconnectedError, ProtocolError
 from dirtylog.memory import Memory
-from dirtylog.migration.messages import Failed, Page, Request, ZeroPages
+from dirtylog.migration.messages import Failed, Page, PassDone, PassEnd, Request, ZeroPages
 from dirtylog.migration.owed import OwedPages
 from dirtylog.migration.protocol import Stage
 from dirtylog.migration.ram import DirtyRAM
@@ -120,4 +120,14 @@ def test_other_message_than_a_request_ends_it(answering: Answering) -> None:  # 
 def test_what_the_destination_said_before_is_heard_though_the_urgent_channel_is_lost(answering: Answering) -> None:
     answering.main.destination.send(Failed("no more memory"))
     answering.urgent.destination.abort()
+    answering.waiting.join()
+
+
+def test_end_that_overtakes_the_last_answer_leaves_the_main_channel(answering: Answering) -> None:  # M8
+    main = answering.main
+    main.source.send(PassEnd(1))
+    assert main.destination.expect(PassEnd) == PassEnd(1)
+    answering.urgent.destination.close()
+    wait_until(lambda: answering.answers._error, "the end was noticed")
+    main.destination.send(PassDone(1, 0, 0, 0))
     answering.waiting.join()

@@ -8,6 +8,7 @@ from dirtylog.migration.batch import Batch
 from dirtylog.migration.channel import Channel
 from dirtylog.migration.messages import Page, Request, ZeroPages
 from dirtylog.migration.owed import OwedPages
+from dirtylog.migration.protocol import Stage
 from dirtylog.migration.sender import Sent
 from dirtylog.migration.statistics import Statistics
 from dirtylog.units import PAGE_SIZE
@@ -56,7 +57,8 @@ class UrgentAnswers:
         channel: used by the main channel's thread only; closed by its owner.
         owed: what is left.
         tally: told what was sent.
-        main: cut if this channel fails.
+        main: cut if this channel fails, until ``PassEnd`` was said there. After that it fails by itself if anything is
+            missing, while the end of this one may have overtaken the last answer there.
     """
 
     def __init__(self, channel: Channel, owed: OwedPages, tally: Tally, main: Channel) -> None:
@@ -88,7 +90,8 @@ class UrgentAnswers:
         except DirtylogError as error:
             self._error = error
             self._attention.remove(self._channel)
-            self._main.cut()
+            if self._main.stage is not Stage.SERVED:
+                self._main.cut()
 
     def _answer(self) -> None:
         request = self._channel.receive()
