@@ -38,6 +38,7 @@ from dirtylog.migration.messages import (
     ZeroPages,
 )
 from dirtylog.migration.protocol import Stage
+from dirtylog.migration.reception import Reception
 from dirtylog.units import PAGE_SIZE
 
 _SESSION = bytes(range(16))
@@ -106,6 +107,13 @@ class Arriving:
         listener = Listener(parse_address(f"unix:{self._directory}/again{self._listeners}"))
         self.arrival.recover(listener)
         return listener
+
+    @property
+    def let_in(self) -> int:
+        """Connections that were, and that nobody has taken yet."""
+        reception = self.arrival._current
+        assert isinstance(reception, Reception)
+        return len(reception._admitted)
 
     def connect(self, listener: Listener) -> Channel:
         return self._stack.enter_context(connect(listener.address))
@@ -429,6 +437,23 @@ def test_connection_that_is_lost_again_while_it_recovers_is_waited_for_anew(arri
     arriving.join(listener)
     arriving.main.send(ZeroPages(0, _table(*_OWED)))
     arriving.finish(task)
+
+
+def test_urgent_channel_of_an_attempt_that_failed_is_not_taken_for_the_next_ones(arriving: Arriving) -> None:  # M8
+    task = arriving.run()
+    arriving.lose()
+    listener = arriving.listen()
+    arriving.resume(listener)
+    arriving.main.abort()
+    arriving.wait_for(Status.POSTCOPY_PAUSED, 2)
+    with arriving.connect(listener) as late:
+        late.send(Join(_SESSION))
+        wait_until(lambda: arriving.let_in, "it was let in")
+    arriving.resume(listener)
+    arriving.join(listener)
+    arriving.main.send(ZeroPages(0, _table(*_OWED)))
+    arriving.finish(task)
+    assert arriving.statuses.count(Status.POSTCOPY_RECOVER) == 2
 
 
 def test_second_address_takes_the_place_of_the_first(arriving: Arriving) -> None:

@@ -3,6 +3,7 @@
 import contextlib
 import hmac
 import threading
+import time
 from collections.abc import Callable
 from queue import SimpleQueue
 from typing import Final, Self
@@ -233,9 +234,7 @@ class Arrival:
                 for message in self._ram.lacking():
                     main.send(message)
                 main.send(Resumed())
-                urgent, _ = reception.take(Join, HANDSHAKE_TIMEOUT, unless=main)
-                stack.enter_context(urgent)
-                urgent.send(Joined())
+                urgent = stack.enter_context(self._take_urgent(reception, main))
                 for channel in (main, urgent):
                     channel.set_timeout(0)
                 self._ram.ask_again()
@@ -243,6 +242,18 @@ class Arrival:
                 stack.pop_all()
                 return main
             self._observe(Status.POSTCOPY_PAUSED)
+
+    def _take_urgent(self, reception: Reception, main: Channel) -> Channel:
+        """The urgent channel that belongs to ``main``. One of an attempt that failed has been left by the source."""
+        deadline = time.monotonic() + HANDSHAKE_TIMEOUT
+        while True:
+            urgent, _ = reception.take(Join, deadline - time.monotonic(), unless=main)
+            with contextlib.suppress(PeerError), contextlib.ExitStack() as stack:
+                stack.enter_context(urgent)
+                urgent.check_quiet()
+                urgent.send(Joined())
+                stack.pop_all()
+                return urgent
 
 
 def check_machine(machine: Machine) -> None:
