@@ -615,6 +615,17 @@ def test_it_is_complete_when_nothing_is_owed(there: Destination) -> None:
     assert list(there.ram.lacking()) == []
 
 
+def test_close_lets_a_thread_of_ours_go_on_that_waits_for_what_never_comes(there: Destination) -> None:
+    there.owe(0, (3, 2))
+    there.ram.begin()
+    read: list[bytes] = []
+    reading = Task(lambda: read.append(there.system.read(3 * PAGE_SIZE, 1)))
+    wait_until(lambda: there.ram.requests(), "it asked for the page")
+    there.ram.close()
+    reading.join()
+    assert read == [b"\0"]
+
+
 def test_close_lets_who_waits_go_on_with_zeros_and_closes_again(there: Destination) -> None:
     there.owe(0, (3, 2))
     there.ram.begin()

@@ -266,7 +266,9 @@ class AbsentRAM:
     def close(self) -> None:
         """End it; who still waits goes on, and finds zeros. Idempotent."""
         with self._closing:
-            self._closed = True
+            with self._lock:
+                self._closed = True
+                self._arrived.notify_all()
             registered, self._registered = self._registered, []
             for each in registered:
                 each.block.fetch = None
@@ -305,10 +307,12 @@ class AbsentRAM:
 
     def _fetch_some(self, each: _AbsentBlock, first: int, end: int) -> None:
         wanted = [self._want(each, page) for page in range(first, end)]
-        if any(wanted):  # none of them is once this was closed
-            self.wakeup.set()
+        if any(wanted):
+            with self._closing:
+                if not self._closed:
+                    self.wakeup.set()
             with self._lock:
-                if not self._arrived.wait_for(lambda: not each.owed.any(first, end - first), _PATIENCE):
+                if not self._arrived.wait_for(lambda: self._closed or not each.owed.any(first, end - first), _PATIENCE):
                     raise HostError(
                         f"memory of the guest has not arrived here within {_PATIENCE:.0f} s",
                         remedy="see what became of the source, and of the network to it",
