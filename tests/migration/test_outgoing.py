@@ -126,6 +126,7 @@ def test_guest_runs_on_when_the_stream_ends_before_or_within_a_piece(  # M2
             assert isinstance(error, DisconnectedError), cut
             assert not isinstance(error, InDoubtError), cut
             assert error.cause.startswith("the connection to the destination ended before the migration did")
+            assert error.__cause__ is not error
             assert outgoing.status is Status.FAILED
             assert guest.state is RunState.RUNNING
             assert RunState.POSTMIGRATE not in custody.states[guest]

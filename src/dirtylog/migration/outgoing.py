@@ -244,7 +244,10 @@ class OutgoingMigration:
         except DisconnectedError as error:
             if self._letting_go.custody is not Custody.MINE:
                 raise
-            raise channel.last_words() or error from error
+            words = channel.last_words()
+            if words is None:
+                raise
+            raise words from error
 
     def _joined(self) -> Outlet:
         return self._connections.join(self._address, self._session)
