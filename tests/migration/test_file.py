@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from support.fake_machine import FakeMachine
 
-from dirtylog.errors import CancelledError, DirtylogError, HostError, ProtocolError, UsageError
+from dirtylog.errors import CancelledError, DirtylogError, HostError, KernelError, ProtocolError, UsageError
 from dirtylog.linux import files
 from dirtylog.machine import RunState
 from dirtylog.memory import RAMBlock
@@ -301,6 +301,30 @@ def test_disk_that_fills_up_leaves_the_guest_running(path: Path, monkeypatch: py
         assert os.listdir(path.parent) == []
         OutgoingMigration(source, FileAddress(str(path)), Parameters(downtime_limit=1.0)).run()
         assert path.exists()
+
+
+@pytest.mark.parametrize("call", ["os.pwrite", "file.punch_hole"])
+def test_filesystem_that_fails_for_good_is_the_error_and_leaves_the_guest_running(
+    path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    """The file cannot even be removed then."""
+
+    def fail(*_: object) -> int:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    def refuse(*_: object) -> bool:
+        raise KernelError("fallocate", errno.EROFS, os.strerror(errno.EROFS))
+
+    with closing(_machine()) as source:
+        source.resume()
+        if call == "os.pwrite":
+            monkeypatch.setattr(os, "pwrite", fail)
+        else:
+            monkeypatch.setattr(file_module, "punch_hole", refuse)
+        monkeypatch.setattr(Path, "unlink", fail)
+        with pytest.raises(HostError, match=r"cannot be written to .*machine: .*Read-only file system"):
+            OutgoingMigration(source, FileAddress(str(path)), Parameters()).run()
+        assert source.state is RunState.RUNNING
 
 
 def test_disk_that_fails_in_the_last_moment_leaves_the_guest_running(

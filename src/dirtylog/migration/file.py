@@ -17,7 +17,7 @@ from typing import Final, TypeVar
 import msgspec
 import xxhash
 
-from dirtylog.errors import CancelledError, HostError, ProtocolError, RefusedError, UsageError
+from dirtylog.errors import CancelledError, HostError, KernelError, ProtocolError, RefusedError, UsageError
 from dirtylog.linux.files import extents, lock, punch_hole
 from dirtylog.linux.mapping import Contents, memory_of
 from dirtylog.linux.process import ProcessName
@@ -135,7 +135,7 @@ class FileOutlet:
         """Close the file, and remove it unless it is complete; idempotent."""
         fd, self._fd = self._fd, -1
         if fd >= 0:
-            with suppress(FileNotFoundError):  # complete, and moved
+            with suppress(OSError):  # complete, and moved; or the filesystem fails, which has ended it already
                 self._partial.unlink()
             os.close(fd)
 
@@ -223,10 +223,11 @@ class FileOutlet:
     def _io(self) -> Iterator[None]:
         try:
             yield
-        except OSError as error:
+        except (OSError, KernelError) as error:
+            reason = error.strerror if isinstance(error, OSError) else error.cause
             raise HostError(
-                f"the machine cannot be written to {self._path}: {error.strerror}",
-                remedy="see whether there is room, and whether one may write there",
+                f"the machine cannot be written to {self._path}: {reason}",
+                remedy="see whether there is room, whether one may write there, and how long files may be, 'ulimit -f'",
             ) from error
 
 
