@@ -64,6 +64,20 @@ def test_guest_is_blocked_while_all_its_vcpus_wait(clock: Clock) -> None:
     assert blocktime.vcpu_blocked == [3.0, 6.0]
 
 
+def test_vcpu_that_goes_on_to_another_page_before_the_first_is_noted_waits_on(clock: Clock) -> None:
+    blocktime = Blocktime([10])
+    blocktime.begin(0, 1, 10)
+    clock.now += 1
+    blocktime.begin(0, 2, 10)
+    clock.now += 1
+    blocktime.end(0, 1)
+    clock.now += 8
+    blocktime.end(0, 2)
+    assert list(blocktime.latencies) == [2.0, 9.0]
+    assert blocktime.vcpu_blocked == [10.0]
+    assert blocktime.blocked == 10.0
+
+
 def test_page_that_several_wait_for_ends_the_waiting_of_all(clock: Clock) -> None:
     blocktime = Blocktime([10, 11])
     blocktime.begin(0, 1, 10)

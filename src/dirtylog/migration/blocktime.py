@@ -31,6 +31,9 @@ class Blocktime:
         self._index = {thread: index for index, thread in enumerate(vcpus)}
         self._lock = threading.Lock()
         self._waiting: dict[tuple[int, int], list[tuple[float, int | None]]] = {}
+        self._waits = [0] * len(vcpus)
+        """Pages that each waits for: two for a moment where it goes on to the next before the first is noted."""
+        self._since = [0.0] * len(vcpus)
         self._blocked_now: set[int] = set()
         self._all_blocked_since = 0.0
 
@@ -44,9 +47,7 @@ class Blocktime:
             self.requests += 1
             waiting.append((now, vcpu))
             if vcpu is not None:
-                self._blocked_now.add(vcpu)
-                if len(self._blocked_now) == len(self._index):
-                    self._all_blocked_since = now
+                self._block(vcpu, now)
 
     def end(self, block: int, page: int) -> None:
         """The page is there; nothing to do if nobody waits for it."""
@@ -58,10 +59,22 @@ class Blocktime:
                 if len(self.latencies) < _MOST_LATENCIES:
                     self.latencies.append(now - began)
                 if vcpu is not None:
-                    self._release(vcpu, now - began, now)
+                    self._release(vcpu, now)
 
-    def _release(self, vcpu: int, seconds: float, now: float) -> None:
-        self.vcpu_blocked[vcpu] += seconds
+    def _block(self, vcpu: int, now: float) -> None:
+        self._waits[vcpu] += 1
+        if self._waits[vcpu] > 1:
+            return
+        self._since[vcpu] = now
+        self._blocked_now.add(vcpu)
+        if len(self._blocked_now) == len(self._index):
+            self._all_blocked_since = now
+
+    def _release(self, vcpu: int, now: float) -> None:
+        self._waits[vcpu] -= 1
+        if self._waits[vcpu]:
+            return
+        self.vcpu_blocked[vcpu] += now - self._since[vcpu]
         if len(self._blocked_now) == len(self._index):
             self.blocked += now - self._all_blocked_since
         self._blocked_now.discard(vcpu)
