@@ -33,6 +33,8 @@ from dirtylog.migration import (
     Listener,
     parse_address,
 )
+from dirtylog.migration.batch import Batch
+from dirtylog.migration.owed import OwedPages
 from dirtylog.migration.protocol import Role
 from dirtylog.units import MIB
 
@@ -919,3 +921,100 @@ class TestPostcopy:
         served.peer.wait_migrated("cancelled")
         check_runs_on(served.guest)
         destination.failures.clear()
+
+
+class TestPostcopyUnderWay:
+    """A guest whose memory comes after it, as far as the test lets it."""
+
+    @pytest.fixture(params=["patient", "kvm"])
+    @staticmethod
+    def kind(request: pytest.FixtureRequest) -> str:
+        if request.param == "kvm":
+            request.getfixturevalue("kvm")
+        return str(request.param)
+
+    @pytest.fixture
+    @staticmethod
+    def let_come(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+        """What is sent in order waits for it; what the guest asks for does not."""
+        let = threading.Event()
+        take = OwedPages.take
+
+        def held(owed: OwedPages) -> Batch | None:
+            assert let.wait(BOUND), "nobody let it come"
+            return take(owed)
+
+        monkeypatch.setattr(OwedPages, "take", held)
+        yield let
+        let.set()
+
+    def test_guest_is_handed_over_paused_and_resumed_and_events_come_in_order(  # D1, M1, M8
+        self, served: Served, destination: Served, uri: str, tmp_path: Path, let_come: threading.Event
+    ) -> None:
+        source, there = served.peer, destination.peer
+        on = [{"capability": one, "state": True} for one in ("postcopy-ram", "pause-before-switchover")]
+        source.execute("migrate-set-capabilities", capabilities=on)
+        source.execute("migrate-set-parameters", downtime_limit=0)
+        source.execute("cont")
+        wait_for_rounds(served.guest)
+        assert there.execute("query-migrate") == {}
+        assert source.execute("migrate", uri=uri) == {}
+        assert source.execute("migrate-start-postcopy") == {}
+        wait_until(lambda: source.migration()["status"] == "pre-switchover", "it waits")
+        assert there.migration()["x-remaining"] == 0
+        assert source.execute("migrate-continue", state="pre-switchover") == {}
+        self._wait(source, there, "postcopy-active")
+        assert 0 < there.migration()["x-remaining"] <= sum(block.size for block in served.guest.memory.blocks.values())
+        assert source.execute("migrate-pause") == {}
+        let_come.set()  # whoever sends finds the connection lost
+        self._wait(source, there, "postcopy-paused")
+        again = f"unix:{tmp_path}/again"
+        assert there.execute("migrate-recover", uri=again) == {}
+        assert source.execute("migrate", uri=again, resume=True) == {}
+        source.wait_migrated()
+        wait_until(lambda: there.migration()["status"] == "completed", "all of memory came")
+        check_runs_on(destination.guest)
+
+        begins, ends = ["setup", "active"], ["postcopy-active", "postcopy-paused", "postcopy-recover"]
+        assert self._told(source) == [
+            "RESUME",
+            *begins,
+            "STOP",
+            "pre-switchover",
+            "device",
+            *ends,
+            ends[0],
+            "completed",
+        ]
+        assert self._told(there)[:6] == ["RESUME", *ends, ends[0], "completed"]
+
+    @staticmethod
+    def _wait(source: Peer, there: Peer, status: str) -> None:
+        wait_until(lambda: source.migration()["status"] == status, f"the source was {status}")
+        wait_until(lambda: there.migration()["status"] == status, f"the destination was {status}")
+
+    @staticmethod
+    def _told(peer: Peer) -> list[str]:
+        """Its events, a migration's by their status."""
+        events = peer.events_until(("MIGRATION", {"status": "completed"}))
+        return [data["status"] if name == "MIGRATION" else name for name, data in events]
+
+    def test_destination_that_gives_up_leaves_the_guest_to_who_cancels_the_source(  # M1
+        self, served: Served, destination: Served, uri: str, let_come: threading.Event
+    ) -> None:
+        source, there = served.peer, destination.peer
+        source.execute("migrate-set-capabilities", capabilities=[{"capability": "postcopy-ram", "state": True}])
+        source.execute("migrate-set-parameters", downtime_limit=0)
+        source.execute("cont")
+        wait_for_rounds(served.guest)
+        source.execute("migrate", uri=uri)
+        source.execute("migrate-start-postcopy")
+        self._wait(source, there, "postcopy-active")
+        destination.controller.close()
+        let_come.set()
+        wait_until(lambda: source.migration()["status"] == "postcopy-paused", "the source knew")
+        assert "in the hands of a migration" in str(source.refused("cont"))
+        source.execute("migrate_cancel")
+        assert "was not sent" in source.wait_migrated("failed")["error-desc"]
+        source.execute("cont")
+        check_runs_on(served.guest)
