@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from support.custody import Custody
+from support.held_back import hold_back
 from support.running import FIRST, LAST, RunningPC
 from support.waiting import Task, wait_until
 
@@ -29,9 +30,7 @@ from dirtylog.migration import (
     parse_address,
 )
 from dirtylog.migration.absent import AbsentRAM
-from dirtylog.migration.batch import Batch
 from dirtylog.migration.messages import Lacking
-from dirtylog.migration.owed import OwedPages
 from dirtylog.units import MIB, PAGE_SIZE
 
 _POSTCOPY = Parameters(downtime_limit=0.0, postcopy=True)
@@ -96,20 +95,12 @@ def pair(request: pytest.FixtureRequest, stack: ExitStack, tmp_path: Path) -> Pa
 _HANDED_OVER = {Status.POSTCOPY_ACTIVE, Status.POSTCOPY_PAUSED, Status.COMPLETED}
 
 
-_GLANCE = 0.002
-
-
 class Gate:
     """What is sent in order waits for it; what the guest asks for does not."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self._open = threading.Event()
-        take = OwedPages.take
-
-        def held(owed: OwedPages) -> Batch | None:
-            return take(owed) if self._open.wait(_GLANCE) else Batch(None, (), None)
-
-        monkeypatch.setattr(OwedPages, "take", held)
+        hold_back(monkeypatch, self._open.wait)
 
     def open(self) -> None:
         self._open.set()

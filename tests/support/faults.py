@@ -13,6 +13,7 @@ from support.custody import Custody
 from support.economies import Fixed
 from support.fault_table import Case
 from support.guests import Guest, check_memory, check_runs_on, contents, machine, rest_of_memory, wait_for_rounds
+from support.held_back import hold_back
 from support.places import Boundary, Fault, Place, Step
 from support.processes import child
 from support.relay import Relay
@@ -38,10 +39,9 @@ from dirtylog.migration import (
     parse_address,
     postcopy,
     reception,
+    remainder,
 )
-from dirtylog.migration.batch import Batch
 from dirtylog.migration.economy import Way
-from dirtylog.migration.owed import OwedPages
 from dirtylog.migration.protocol import Role
 from dirtylog.migration.sender import Sender
 
@@ -82,7 +82,7 @@ def _shorten_timeouts(fault: Fault, seconds: float, patch: pytest.MonkeyPatch) -
     for module in (channel, reception, incoming, arrival, postcopy):
         patch.setattr(module, "HANDSHAKE_TIMEOUT", seconds)
     if fault is Fault.STALL:
-        for module in (outgoing, postcopy):
+        for module in (outgoing, remainder, postcopy, arrival):
             patch.setattr(module, "STALL_TIMEOUT", seconds)
 
 
@@ -93,7 +93,7 @@ def _prepare(case: Case, step: Step, patch: pytest.MonkeyPatch) -> None:
     if case.way == "channels":
         _use_the_second(step, patch)
     if case.place.message in ("Request", "Page"):
-        _hold_back(step, patch)
+        hold_back(patch, step.met.wait)
 
 
 def _use_the_second(step: Step, patch: pytest.MonkeyPatch) -> None:
@@ -106,17 +106,6 @@ def _use_the_second(step: Step, patch: pytest.MonkeyPatch) -> None:
         work(all_lanes, sender)
 
     patch.setattr(lanes.Lanes, "_work", late)
-
-
-def _hold_back(step: Step, patch: pytest.MonkeyPatch) -> None:
-    """Have nothing sent in order before the fault, so that the guest has to ask."""
-    take = OwedPages.take
-
-    def held(owed: OwedPages) -> Batch | None:
-        assert step.met.wait(BOUND), "the guest asked for nothing"
-        return take(owed)
-
-    patch.setattr(OwedPages, "take", held)
 
 
 class FaultyMigration:
