@@ -578,7 +578,7 @@ class TestCapabilities:
     @pytest.mark.parametrize(
         ("name", "state", "cause"),
         [
-            ("postcopy-preempt", True, "the capability 'postcopy-preempt' is not offered here"),
+            ("release-ram", True, "the capability 'release-ram' is not offered here"),
             ("rdma-pin-all", True, "the capability 'rdma-pin-all' is not offered here"),
             ("toaster", False, "there is no capability 'toaster'"),
             ("dirty-limit", True, "a machine of kind 'fake' does not know which vCPU writes"),

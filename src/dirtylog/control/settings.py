@@ -11,7 +11,11 @@ from dirtylog.units import MIB
 
 
 class Capability(Enum):
-    """What can be switched on, in QEMU's words."""
+    """What can be switched on, in QEMU's words.
+
+    Two change nothing, and are there for clients that switch them on: postcopy always has a channel of its own for what
+    the guest waits for, and always measures for how long it does.
+    """
 
     XBZRLE = "xbzrle"
     AUTO_CONVERGE = "auto-converge"
@@ -19,6 +23,8 @@ class Capability(Enum):
     MULTIFD = "multifd"
     DIRTY_LIMIT = "dirty-limit"
     POSTCOPY = "postcopy-ram"
+    POSTCOPY_PREEMPT = "postcopy-preempt"
+    POSTCOPY_BLOCKTIME = "postcopy-blocktime"
     PAUSE = "pause-before-switchover"
 
 
