@@ -20,7 +20,7 @@ from support.relay import Relay
 from support.streams import refusals
 from support.waiting import BOUND, Task, wait_until
 
-from dirtylog.errors import CancelledError, DirtylogError, DisconnectedError, PeerError
+from dirtylog.errors import CancelledError, DirtylogError, DisconnectedError, PeerError, UsageError
 from dirtylog.machine import RunState
 from dirtylog.migration import (
     Compression,
@@ -138,7 +138,8 @@ class FaultyMigration:
         _shorten_timeouts(case.fault, patience, self._short_timeouts)
         self._refused = stack.enter_context(refusals())
         unix = case.way == "shared" or case.fault is not Fault.RESET
-        self._listener = self._listen("m" if unix else None)
+        back = f"unix:{directory}/m" if unix else "tcp:127.0.0.1:0"
+        self._listener = stack.enter_context(closing(Listener(parse_address(back))))
         steps = [self._lost, self._step] if case.way == "recovery" else [self._step]
         front = f"unix:{directory}/front" if unix else "tcp:127.0.0.1:0"
         self._relay = stack.enter_context(Relay(parse_address(front), self._listener.address, *steps))
@@ -152,10 +153,6 @@ class FaultyMigration:
         stack.callback(self._incoming.abort)
         stack.callback(self._outgoing.close)
 
-    def _listen(self, name: str | None) -> Listener:
-        uri = "tcp:127.0.0.1:0" if name is None else f"unix:{self._directory}/{name}"
-        return self._stack.enter_context(closing(Listener(parse_address(uri))))
-
     def settle(self) -> bool:
         """Wait for the fault, and until both sides have ended, or wait for somebody.
 
@@ -164,7 +161,7 @@ class FaultyMigration:
         """
         if self._case.way == "recovery":
             wait_until(lambda: self._lost.met.is_set() and self._both_paused, "the connection was lost")
-            self._recover(self._listen("again"), through_relay=True)
+            self._recover("again", through_relay=True)
         wait_until(lambda: self._step.met.is_set() or self._source_stands, "the fault came about")
         if not self._step.met.is_set():
             return False
@@ -188,8 +185,18 @@ class FaultyMigration:
     def _both_paused(self) -> bool:
         return self._outgoing.status is self._incoming.status is Status.POSTCOPY_PAUSED
 
-    def _recover(self, listener: Listener, *, through_relay: bool = False) -> None:
-        self._incoming.recover(lambda: listener)
+    def _recover(self, name: str, *, through_relay: bool = False) -> None:
+        """Have the destination wait elsewhere, as soon as it has seen that a source has gone which came before."""
+        listener = Listener(parse_address(f"unix:{self._directory}/{name}"))  # the migration closes it
+
+        def accepted() -> bool:
+            try:
+                self._incoming.recover(lambda: listener)
+            except UsageError:
+                return False
+            return True
+
+        wait_until(accepted, "the destination could be recovered")
         if through_relay:
             self._relay.target = listener.address
         self._outgoing.resume(self._relay.address if through_relay else listener.address)
@@ -206,8 +213,8 @@ class FaultyMigration:
                 self._leaving.join()
                 self._arriving.join()
             self._check_doubles()
-        elif self._leaving.running and self._arriving.running and self._both_paused:
-            self._recover(self._listen("last"))
+        elif self._leaving.running and self._arriving.running:
+            self._recover("last")
             self._leaving.join()
             self._arriving.join()
         elif self._leaving.running:
