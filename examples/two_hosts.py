@@ -5,8 +5,9 @@ interfaces is the cable between the two. In each runs the command that ``moving_
 over TLS with certificates made for this. Exit status 0 if the simulation went on at the step at which it had left, and
 ended with the very cells of one that nobody moved.
 
-It needs root, or a kernel that lets users make namespaces. It leaves nothing behind: the namespaces have no names, so
-they go with the processes in them, and those are killed when this one ends, in whatever way.
+It needs root, or a kernel that lets users make namespaces. The namespaces have no names, so they go with the processes
+in them, and those are killed when this one ends, in whatever way. Nothing else is left behind, but for a temporary
+folder with the certificates if it is killed itself.
 """
 
 import argparse
