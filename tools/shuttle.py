@@ -35,7 +35,7 @@ from dirtylog.migration import (
     Status,
     parse_address,
 )
-from dirtylog.units import MIB, PAGE_SIZE
+from dirtylog.units import KIB, MIB, PAGE_SIZE
 
 _MEMORY: Final = 16 * MIB
 _FIRST: Final = 1 * MIB
@@ -45,6 +45,7 @@ _WARM: Final = 20
 """Moves after which no further descriptor and thread may be left over."""
 _SETTLED: Final = 100
 """Moves after which malloc has its arenas, and memory is at rest but for what it happens to hold."""
+_MORE_OBJECTS: Final = 200
 _MORE_MEMORY: Final = 64 * MIB
 
 
@@ -227,10 +228,12 @@ def _recover(outgoing: OutgoingMigration, incoming: IncomingMigration, uri: str)
     outgoing.resume(listener.address)
 
 
-def _resident() -> int:
+def _held() -> tuple[int, int]:
+    """Python's objects, and bytes of memory that is not shared: the guests' own comes and goes (RssAnon, proc(5))."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)  # what threads that ended gave back, malloc keeps for others
-    return int(Path("/proc/self/statm").read_text().split()[1]) * PAGE_SIZE
+    status = Path("/proc/self/status").read_text().split()
+    return len(gc.get_objects()), int(status[status.index("RssAnon:") + 1]) * KIB
 
 
 def _used() -> tuple[int, int]:
@@ -253,7 +256,7 @@ def command(moves: int, accel: str, seed: int | None) -> None:
     boot_sector(guest.machine, dirtier.build(_FIRST, _LAST))
     guest.machine.resume()
     guest.check()
-    moved, before, resident = 0, (0, 0), 0
+    moved, before, held = 0, (0, 0), (0, 0)
     with tempfile.TemporaryDirectory(prefix="dirtylog-") as folder:
         for number in range(1, moves + 1):
             way = choose(choice)
@@ -266,14 +269,17 @@ def command(moves: int, accel: str, seed: int | None) -> None:
             if number == _WARM:
                 before = _used()
             if number == min(moves, _SETTLED):
-                resident = _resident()
-    after, grown = _used(), _resident() - resident
+                held = _held()
+    after, (objects, grown) = _used(), (late - early for early, late in zip(held, _held(), strict=True))
     guest.machine.close()
-    if after[0] > before[0] or after[1] > before[1] or grown > _MORE_MEMORY:
-        raise GuestError(f"descriptors and threads grew from {before} to {after}, memory by {grown} bytes")
+    if after[0] > before[0] or after[1] > before[1] or objects > _MORE_OBJECTS or grown > _MORE_MEMORY:
+        raise GuestError(
+            f"descriptors and threads grew from {before} to {after}, memory by {objects} objects and {grown} bytes"
+        )
     console.print(
         f"{moves} moves, {moved} of them completed and the others cancelled; descriptors and threads: {before} after"
-        f" {_WARM} moves, {after} after all; memory since move {min(moves, _SETTLED)}: {grown / MIB:+.1f} MiB"
+        f" {_WARM} moves, {after} after all; memory since move {min(moves, _SETTLED)}: {objects:+} objects,"
+        f" {grown / MIB:+.1f} MiB"
     )
 
 
