@@ -20,6 +20,8 @@ _ALLOWED_PER_BYTE = 100
 """And for each byte of input."""
 
 _BOUNDED = settings(max_examples=500, deadline=None, suppress_health_check=list(HealthCheck))
+_MINUTE = settings(_BOUNDED, max_examples=8000)
+"""All targets together take about one."""
 
 
 @pytest.fixture
@@ -65,7 +67,7 @@ def test_corpus_of_bodies_is_valid() -> None:
 
 @_EACH
 def test_any_change_of_the_corpus_gives_what_is_valid_or_a_protocol_error(target: Target, name: str) -> None:  # M5
-    @_BOUNDED
+    @_MINUTE
     @given(st.data())
     def run(data: st.DataObject) -> None:
         target(_changed(data, _INPUTS[name]))
