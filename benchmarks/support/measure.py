@@ -248,7 +248,7 @@ def _migrate(peer: Peer, setup: Setup, source: Guest, destination: Guest, uri: s
         destination=before[1].until_now() if arrived else None,
         pace=_pace(made, (destination if arrived else source).rounds(), looked),
     )
-    return _run(peer, setup, watched, end.unfinished or _final_info(source), arrived=arrived)
+    return _run(peer, setup, watched, end.unfinished or final_info(source), arrived=arrived)
 
 
 def _run(peer: Peer, setup: Setup, watched: _Watched, info: dict[str, Any], *, arrived: bool) -> Run:
@@ -325,11 +325,11 @@ def _follow(source: Guest, deadline: float) -> _End:
             if status == "cancelled" and unfinished is not None:
                 return _End(stop, unfinished)
             if status in ("failed", "cancelled"):
-                reason = _final_info(source).get("error-desc") or source.complaints() or "it did not say why"
+                reason = final_info(source).get("error-desc") or source.complaints() or "it did not say why"
                 raise PeerError(f"the migration ended as {status!r}: {reason}")
 
 
-def _final_info(source: Guest) -> dict[str, Any]:
+def final_info(source: Guest) -> dict[str, Any]:
     """What query-migrate says of an ended migration. QEMU sends the event a moment before it knows the times."""
 
     def complete() -> dict[str, Any] | None:

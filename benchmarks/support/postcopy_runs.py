@@ -10,7 +10,7 @@ import numpy as np
 from msgspec import Struct
 
 from benchmarks.support.guest import Files, Guest, started
-from benchmarks.support.measure import seconds_of, status_of
+from benchmarks.support.measure import final_info, seconds_of, status_of
 from benchmarks.support.peers import QEMU, Dirtylog, Launch, Peer, Terms, switch_on
 from benchmarks.support.probes import Probes, long_writes, noted
 from benchmarks.support.workloads import write_files
@@ -131,7 +131,7 @@ def _migrate(peer: Postcopying, setup: PostcopySetup, source: Guest, destination
     began = time.monotonic()
     _wait_for(source, "completed")
     seconds = time.monotonic() - began
-    info = source.qmp.execute("query-migrate")
+    info = final_info(source)
     requests = info["ram"]["postcopy-requests"]
     latencies = np.sort(long_writes(destination, noted(source)))[-requests:]
     return PostcopyRun(
