@@ -172,6 +172,18 @@ def test_limit_holds_up_what_nobody_waits_for(pair: Pair, stack: ExitStack) -> N
     pair.check()
 
 
+def test_pause_is_heard_though_nothing_more_may_be_sent_for_days(  # M8
+    pair: Pair, stack: ExitStack, tmp_path: Path
+) -> None:
+    pair.migrate(stack, replace(_POSTCOPY, max_postcopy_bandwidth=1), at_once=True)
+    pair.destination.wait_for_rounds()
+    pair.outgoing.pause()
+    wait_until(lambda: {pair.outgoing.status, pair.incoming.status} == {Status.POSTCOPY_PAUSED}, "both sides pause")
+    pair.outgoing.parameters = replace(pair.outgoing.parameters, max_postcopy_bandwidth=0)
+    _recover(pair, tmp_path)
+    pair.check()
+
+
 def test_lost_connection_pauses_both_sides_and_another_goes_on(  # M8
     pair: Pair, gate: Gate, stack: ExitStack, tmp_path: Path
 ) -> None:

@@ -9,6 +9,7 @@ from dirtylog.errors import DirtylogError, DisconnectedError, ProtocolError
 from dirtylog.memory import Memory
 from dirtylog.migration.messages import Failed, Page, PassDone, PassEnd, Request, ZeroPages
 from dirtylog.migration.owed import OwedPages
+from dirtylog.migration.pacer import Pacer
 from dirtylog.migration.protocol import Stage
 from dirtylog.migration.ram import DirtyRAM
 from dirtylog.migration.sender import Sent
@@ -131,3 +132,14 @@ def test_end_that_overtakes_the_last_answer_leaves_the_main_channel(answering: A
     wait_until(lambda: answering.answers._error, "the end was noticed")
     main.destination.send(PassDone(1, 0, 0, 0))
     answering.waiting.join()
+
+
+def test_loss_while_nothing_more_may_be_sent_ends_the_wait(answering: Answering) -> None:  # M8
+    answering.main.source.abort()
+    answering.waiting.error()
+    pacer = Pacer(answering.answers.wait, lambda: 1)
+    pacing = Task(lambda: pacer.pace(MIB))
+    answering.ask(_DATA)
+    assert answering.urgent.destination.expect(Page) == Page(0, _DATA)
+    answering.urgent.destination.abort()
+    assert isinstance(pacing.error(), DisconnectedError)

@@ -78,8 +78,13 @@ class UrgentAnswers:
             raise self._error
 
     def wait(self, seconds: float) -> bool:
-        """Answer for some seconds, or until that fails. It is not over then: False."""
+        """Answer for some seconds. It is not over then: False.
+
+        Raises:
+            DirtylogError: that failed.
+        """
         self._attention.until(lambda: self._error is not None, seconds)
+        self.check()
         return False
 
     def _serve(self) -> None:
