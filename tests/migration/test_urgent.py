@@ -1,13 +1,16 @@
 from collections.abc import Iterator
 from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
+import trustme
 from support.connected import Ends, connected
+from support.tls import encrypted_channels, issue
 from support.waiting import Task, wait_until
 
 from dirtylog.errors import DirtylogError, DisconnectedError, ProtocolError
 from dirtylog.memory import Memory
-from dirtylog.migration.messages import Failed, Page, PassDone, PassEnd, Request, ZeroPages
+from dirtylog.migration.messages import Failed, Join, Joined, Page, PassDone, PassEnd, Request, ZeroPages
 from dirtylog.migration.owed import OwedPages
 from dirtylog.migration.pacer import Pacer
 from dirtylog.migration.protocol import Stage
@@ -143,3 +146,19 @@ def test_loss_while_nothing_more_may_be_sent_ends_the_wait(answering: Answering)
     assert answering.urgent.destination.expect(Page) == Page(0, _DATA)
     answering.urgent.destination.abort()
     assert isinstance(pacing.error(), DisconnectedError)
+
+
+def test_request_that_came_with_the_urgent_channel_is_answered(  # what is encrypted is received as it comes
+    answering: Answering, tmp_path: Path
+) -> None:
+    with encrypted_channels(issue(tmp_path / "tls", trustme.CA())) as (source, destination):
+        source.send(Join(bytes(16)))
+        assert destination.expect(Join) == Join(bytes(16))
+        said = [memoryview(destination._protocol.send(message)) for message in (Joined(), Request(0, _DATA))]
+        destination._stream.send(said)  # one record
+        assert source.expect(Joined) == Joined()
+        main = answering.main.source
+        main.abort()
+        answering.waiting.error()
+        UrgentAnswers(source, answering.owed, answering.tally, main)
+        assert destination.expect(Page) == Page(0, _DATA)

@@ -71,6 +71,8 @@ class UrgentAnswers:
         self._attention.add(channel, self._serve)
         channel.read_ahead()
         main.attend(self._attention)
+        if channel.has_buffered:  # it came together with what the channel was taken in with
+            self._serve()
 
     def check(self) -> None:
         """Raise what made it cut the main channel, if it did."""
