@@ -1,3 +1,4 @@
+import select
 import socket
 import threading
 from collections.abc import Iterator
@@ -454,6 +455,24 @@ def test_urgent_channel_of_an_attempt_that_failed_is_not_taken_for_the_next_ones
     arriving.main.send(ZeroPages(0, _table(*_OWED)))
     arriving.finish(task)
     assert arriving.statuses.count(Status.POSTCOPY_RECOVER) == 2
+
+
+@pytest.mark.parametrize("joined", [True, False], ids=["served", "in a thread"])
+def test_destination_can_be_ended_in_the_middle_of_an_urgent_page(arriving: Arriving, joined: bool) -> None:
+    if joined:
+        task = arriving.run()
+    else:
+        arriving.begin()
+    arriving.urgent_ends.destination.set_timeout(0)  # as if a byte came now and then
+    touch = arriving.ask(11)
+    arriving.urgent.send(Page(0, 11))  # and nothing of the page
+    wait_until(lambda: not select.select([arriving.urgent_ends.destination], [], [], 0)[0], "that was read")
+    if not joined:
+        task = Task(lambda: arriving.arrival.run(arriving.ends.destination))
+        wait_until(lambda: arriving.statuses, "it waits for the thread")
+    arriving.arrival.abort()
+    assert isinstance(task.error(), CancelledError)
+    assert touch.waits
 
 
 def test_second_address_takes_the_place_of_the_first(arriving: Arriving) -> None:

@@ -142,6 +142,8 @@ class Arrival:
             self._aborted = True
             if self._current is not None:
                 self._current.abort()
+            if self._service is not None:
+                self._service.abort()
         self._listeners.put(None)
 
     def close(self) -> None:
@@ -167,10 +169,15 @@ class Arrival:
     def _serve_faults(self, main: Channel, urgent: Channel) -> None:
         self._use(main)
         urgent.set_timeout(STALL_TIMEOUT)
-        self._service = FaultService(urgent, self._ram, main.cut)
+        service = FaultService(urgent, self._ram, main.cut)
+        with self._lock:
+            self._service = service
+            if self._aborted:
+                service.abort()
 
     def _end_service(self) -> None:
-        service, self._service = self._service, None
+        with self._lock:
+            service, self._service = self._service, None
         if service is not None:
             service.close()
 

@@ -59,6 +59,10 @@ class FaultService:
         """See `Channel.cut`."""
         self._channel.cut()
 
+    def abort(self) -> None:
+        """See `Channel.abort`."""
+        self._channel.abort()
+
     def close(self) -> None:
         """End the thread and the channel; idempotent."""
         if not self._closing:
