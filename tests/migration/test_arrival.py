@@ -1,9 +1,11 @@
+import os
 import select
 import socket
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, suppress
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -16,6 +18,7 @@ from support.waiting import Task, wait_until
 
 from dirtylog.errors import CancelledError, DirtylogError, DisconnectedError, HostError, UsageError
 from dirtylog.linux.mapping import MemfdMapping
+from dirtylog.linux.missing import MissingFaults
 from dirtylog.machine import RunState
 from dirtylog.migration import Listener, Status, connect, parse_address
 from dirtylog.migration import arrival as arrival_module
@@ -473,6 +476,22 @@ def test_destination_can_be_ended_in_the_middle_of_an_urgent_page(arriving: Arri
     arriving.arrival.abort()
     assert isinstance(task.error(), CancelledError)
     assert touch.waits
+
+
+def test_channel_of_an_arrival_that_failed_looks_at_no_descriptor_that_is_closed(
+    arriving: Arriving, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    main, closed = arriving.ends.destination, arriving.urgent_ends.destination.fileno()
+    task = arriving.run()
+    monkeypatch.setattr(MissingFaults, "copy", Mock(side_effect=HostError("out of memory")))
+    arriving.send(10, 1)
+    assert isinstance(task.error(), HostError)
+    quiet = os.eventfd(0)
+    os.dup2(quiet, closed)  # the number is another's by now
+    saying = Task(lambda: main.send(Failed("out of memory")))
+    assert isinstance(saying.error(), DisconnectedError)
+    os.close(closed)
+    os.close(quiet)
 
 
 def test_second_address_takes_the_place_of_the_first(arriving: Arriving) -> None:

@@ -196,11 +196,11 @@ class Arrival:
             main.attend(attention)
             self._take_all(main, attention)
         finally:
+            main.attend(None)  # whatever is said there still must not look at descriptors that are closed
             self._end_service()
 
     def _take_all(self, main: Channel, attention: Attention) -> None:
         buffer = np.empty(_BUFFER_SIZE, np.uint8)
-
         while not isinstance(message := main.receive(), PassEnd):
             if isinstance(message, Pages):
                 self._ram.receive(main, message, buffer)
