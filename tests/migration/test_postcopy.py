@@ -6,6 +6,7 @@ from contextlib import ExitStack, closing
 from dataclasses import replace
 from itertools import repeat
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -30,6 +31,7 @@ from dirtylog.migration import (
     parse_address,
 )
 from dirtylog.migration.absent import AbsentRAM
+from dirtylog.migration.connections import Connections
 from dirtylog.migration.messages import Lacking
 from dirtylog.units import MIB, PAGE_SIZE
 
@@ -190,6 +192,48 @@ def test_lost_connection_pauses_both_sides_and_another_goes_on(  # M8
     _lose(pair, gate, stack)
     _recover(pair, tmp_path)
     pair.check()
+
+
+@pytest.mark.parametrize(
+    ("address", "cause"),
+    [("file:{}/saved", "a file runs no guest"), ("tls:localhost:1", "needs credentials")],
+    ids=["file", "tls"],
+)
+def test_address_where_nothing_can_be_resumed_is_refused_and_another_goes_on(  # M8
+    pair: Pair, gate: Gate, stack: ExitStack, tmp_path: Path, address: str, cause: str
+) -> None:
+    _lose(pair, gate, stack)
+    with pytest.raises(UsageError, match=cause):
+        pair.outgoing.resume(parse_address(address.format(tmp_path)))
+    assert pair.outgoing.status is Status.POSTCOPY_PAUSED
+    _recover(pair, tmp_path)
+    pair.check()
+
+
+def test_host_that_lets_nothing_be_resumed_for_a_while_ends_nothing(  # M8
+    pair: Pair, gate: Gate, stack: ExitStack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _lose(pair, gate, stack)
+    with monkeypatch.context() as patch:
+        patch.setattr(Connections, "open", Mock(side_effect=HostError("no credentials can be read")))
+        pair.outgoing.resume(pair.listener.address)
+        wait_until(lambda: pair.outgoing.status is Status.POSTCOPY_PAUSED, "it waits again")
+        assert isinstance(pair.outgoing.lost, HostError)
+    _recover(pair, tmp_path)
+    pair.check()
+
+
+def test_source_that_gives_up_while_it_resumes_says_what_that_means(  # M1
+    pair: Pair, gate: Gate, stack: ExitStack, tmp_path: Path
+) -> None:
+    _lose(pair, gate, stack)
+    with closing(Listener(parse_address(f"unix:{tmp_path}/silent"))) as silent:
+        pair.outgoing.resume(silent.address)
+        wait_until(lambda: pair.outgoing._connections._channels, "it is connected")
+        pair.outgoing.close()
+        error = pair.leaving.error()
+    assert isinstance(error, DisconnectedError)
+    assert "the rest of the guest's memory was not sent" in error.cause
 
 
 def test_guest_that_waits_for_a_page_while_it_is_to_stop_runs_on(

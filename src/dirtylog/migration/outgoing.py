@@ -180,10 +180,12 @@ class OutgoingMigration:
         """Go on over other connections, to where the destination waits for that.
 
         Raises:
-            UsageError: there is nothing to be resumed.
+            UsageError: there is nothing to be resumed, or not there.
         """
         if self._postcopy is None or self.status is not Status.POSTCOPY_PAUSED:
             raise UsageError(f"only postcopy that was paused can be resumed ({self.status.value})")
+        postcopy.check(address, self.agreed)
+        self._connections.check(address)
         self._postcopy.resume(address)
 
     def run(self) -> None:

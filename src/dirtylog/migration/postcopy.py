@@ -137,7 +137,6 @@ class Postcopy:
             raise
 
     def _send(self, main: Channel, urgent: UrgentAnswers) -> None:
-
         began = time.monotonic()
         sender: Final = Sender(main, (), Economy(()), None)
         pacer: Final = Pacer(urgent.wait, self._rate)
@@ -161,7 +160,9 @@ class Postcopy:
                 raise _unsent(lost) from lost
             try:
                 self._go_on(address)
-            except PeerError as error:
+            except CancelledError as error:
+                raise _unsent(error) from error
+            except DirtylogError as error:  # of any kind: another address may do
                 self.lost = error
             else:
                 self.lost = None
