@@ -194,6 +194,22 @@ def test_lost_connection_pauses_both_sides_and_another_goes_on(  # M8
     pair.check()
 
 
+def test_what_was_lost_on_its_way_is_to_be_sent_again(pair: Pair, gate: Gate, stack: ExitStack, tmp_path: Path) -> None:
+    _lose(pair, gate, stack)
+    gate.shut()
+    pair.outgoing.statistics.remaining_pages = 0  # as if all had been sent
+    listener = Listener(parse_address(f"unix:{tmp_path}/again"))
+    pair.incoming.recover(lambda: listener)
+    pair.outgoing.resume(listener.address)
+    wait_until(lambda: pair.outgoing.status is Status.POSTCOPY_ACTIVE, "it goes on")
+    assert pair.outgoing.statistics.remaining_pages
+    gate.open()
+    pair.leaving.join()
+    pair.arriving.join()
+    assert not pair.outgoing.statistics.remaining_pages
+    pair.check()
+
+
 @pytest.mark.parametrize(
     ("address", "cause"),
     [("file:{}/saved", "a file runs no guest"), ("tls:localhost:1", "needs credentials")],

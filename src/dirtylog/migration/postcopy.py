@@ -184,6 +184,7 @@ class Postcopy:
             if left < 0:
                 raise ProtocolError("the destination lacks more pages than there are")
         self._owed.replace(lacking)
+        self._tally.owe(self._owed.pages)
         self._adopt(main, self._connections.join(address, self._session))
 
 

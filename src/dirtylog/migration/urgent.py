@@ -43,6 +43,10 @@ class Tally:
         self._statistics.remaining_pages = max(0, self._statistics.remaining_pages - zeros - pages)
         self._statistics.postcopy_bytes += size
 
+    def owe(self, pages: int) -> None:
+        """Note how many are left after a connection was lost: not all that was sent has come."""
+        self._statistics.remaining_pages = pages
+
     def took(self, seconds: float) -> None:
         """Note for how long it has been sent."""
         self._pass.seconds = seconds
