@@ -1,6 +1,7 @@
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack
+from functools import partial
 
 import numpy as np
 import pytest
@@ -116,6 +117,22 @@ def test_thread_that_joins_it_serves_while_it_waits(served: Served) -> None:
     served.answer(7, 0x77)
     assert touch.result() == b"\x77"
     serving.join()
+
+
+def test_no_more_is_asked_for_than_fits_into_a_socket_until_there_are_answers(served: Served) -> None:
+    source, asked = served.ends.source, served.ram._blocks[0].asked
+    reading = [Task(partial(served.system.read, first * PAGE_SIZE, 64 * PAGE_SIZE)) for first in (0, 64, 128)]
+    wait_until(lambda: len(asked) == 192, "all ask")
+    requests = [source.expect(Request) for _ in range(128)]
+    source.check_quiet()
+    for index in range(192):
+        served.answer(requests[index].page, index)
+        if len(requests) < 192:
+            requests.append(source.expect(Request))
+    for each in reading:
+        each.join()
+    assert sorted(request.page for request in requests) == list(range(192))
+    assert not asked
 
 
 def test_lost_connection_is_told_of(served: Served) -> None:

@@ -36,7 +36,10 @@ _WHILE_WAITING: Final = 4
 _PATIENCE: Final = 30.0
 """Seconds that a thread of ours waits for a page that it asked for."""
 _ASK_AT_ONCE: Final = 64
-"""Pages that such a thread asks for at a time. Were it all it wants, each side could wait until the other reads."""
+"""Pages that such a thread asks for at a time: what the guest waits for comes after them."""
+_MOST_UNANSWERED: Final = 128
+"""Requests that the source has not answered, at most. So many fit into any socket's buffer: were they more, each side
+could wait in a send until the other reads."""
 
 
 class _AbsentBlock:
@@ -114,6 +117,7 @@ class AbsentRAM:
         self._lock = threading.Lock()
         self._arrived = threading.Condition(self._lock)
         self._wanted: list[Request] = []
+        self._unanswered = 0
         self._left = 0
         self._closing = threading.Lock()
         self._closed = False
@@ -151,17 +155,23 @@ class AbsentRAM:
                 each.block.fetch = partial(self._fetch, each)
 
     def requests(self) -> list[Request]:
-        """What to ask the source for: pages that somebody waits for, each once."""
+        """What to ask the source for: pages that somebody waits for, each once, and not too many at a time."""
         for fault in self._faults.read():
             self._serve(fault.address, fault.thread)
+        return self.held_back()
+
+    def held_back(self) -> list[Request]:
+        """What `requests` kept, as far as there is room for it: ask for that after each answer."""
         with self._lock:
-            wanted, self._wanted = self._wanted, []
+            room = _MOST_UNANSWERED - self._unanswered
+            wanted, self._wanted = self._wanted[:room], self._wanted[room:]
+            self._unanswered += len(wanted)
             return wanted
 
     def ask_again(self) -> None:
         """Ask for what was asked for and is not here yet: there is a new connection, on which nothing is on its way."""
         with self._lock:
-            self._wanted = []
+            self._wanted, self._unanswered = [], 0
             for each in self._blocks:
                 each.asked = {page for page in each.asked if each.owed.test(page)}
                 each.early.clear()
@@ -243,6 +253,7 @@ class AbsentRAM:
     def _answered(self, each: _AbsentBlock, page: int) -> None:
         with self._lock:
             each.asked.discard(page)
+            self._unanswered -= 1
             if each.owed.test(page):
                 each.owed.clear_one(page)
                 each.early.set(page, 1)

@@ -11,7 +11,7 @@ from dirtylog.linux.wakeup import Wakeup
 from dirtylog.migration.absent import AbsentRAM
 from dirtylog.migration.attention import Attention
 from dirtylog.migration.channel import Channel
-from dirtylog.migration.messages import Page, ZeroPages
+from dirtylog.migration.messages import Page, Request, ZeroPages
 from dirtylog.units import PAGE_SIZE
 
 
@@ -87,13 +87,17 @@ class FaultService:
         self._ask()
 
     def _ask(self) -> None:
-        for request in self._ram.requests():
+        self._send(self._ram.requests())
+
+    def _send(self, requests: list[Request]) -> None:
+        for request in requests:
             self._channel.send(request)
 
     def _take_all(self) -> None:
         self._take()
         while self._channel.has_buffered:
             self._take()
+        self._send(self._ram.held_back())
 
     def _take(self) -> None:
         message = self._channel.receive()
