@@ -15,7 +15,7 @@ from support.held_back import hold_back
 from support.running import FIRST, LAST, RunningPC
 from support.waiting import Task, wait_until
 
-from dirtylog.errors import CancelledError, DisconnectedError, HostError, UsageError
+from dirtylog.errors import CancelledError, DisconnectedError, HostError, ProtocolError, UsageError
 from dirtylog.guests.dirtier import COUNTER_ADDRESS, check_pages
 from dirtylog.machine import KVMMachine, PCMachine, RunState, UnicornMachine
 from dirtylog.machine.kvm import vcpu
@@ -29,10 +29,14 @@ from dirtylog.migration import (
     Parameters,
     Status,
     parse_address,
+    postcopy,
 )
 from dirtylog.migration.absent import AbsentRAM
+from dirtylog.migration.channel import Channel
 from dirtylog.migration.connections import Connections
-from dirtylog.migration.messages import Lacking
+from dirtylog.migration.messages import Lacking, Request, State, ZeroPages
+from dirtylog.migration.owed import OwedPages
+from dirtylog.migration.urgent import Tally, UrgentAnswers
 from dirtylog.units import MIB, PAGE_SIZE
 
 _POSTCOPY = Parameters(downtime_limit=0.0, postcopy=True)
@@ -306,6 +310,42 @@ def test_destination_that_lacks_more_than_there_is_is_left_alone(  # M5
         assert "lacks more pages than there are" in str(pair.outgoing.lost)
     _recover(pair, tmp_path)
     pair.check()
+
+
+def test_what_is_wrong_with_a_request_before_the_handover_is_told(  # M2, M5
+    pair: Pair, stack: ExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(AbsentRAM, "requests", lambda _: [Request(0, 8 * MIB // PAGE_SIZE)])
+    monkeypatch.setattr(
+        IncomingMigration, "_load", lambda self, _: wait_until(lambda: pair.outgoing.ended, "it failed")
+    )
+    pair.migrate(stack, _POSTCOPY, at_once=True)
+    error = pair.leaving.error()
+    assert isinstance(error, ProtocolError)
+    assert "asks for page 2048 of block 0" in error.cause
+    pair.source.wait_for_rounds()
+
+
+def test_what_is_wrong_with_an_answer_before_the_handover_is_told(  # M5, M6
+    pair: Pair, stack: ExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Liar(UrgentAnswers):
+        def __init__(self, channel: Channel, owed: OwedPages, tally: Tally, main: Channel) -> None:
+            super().__init__(channel, owed, tally, main)
+            channel.send(ZeroPages(0, np.array([[0, 1]])))
+
+    def load(incoming: IncomingMigration, _: State) -> None:
+        arrival = incoming._arrival
+        assert arrival is not None
+        wait_until(lambda: arrival._service and arrival._service._error, "the answer was refused")
+
+    monkeypatch.setattr(postcopy, "UrgentAnswers", Liar)
+    monkeypatch.setattr(IncomingMigration, "_load", load)
+    pair.migrate(stack, _POSTCOPY, at_once=True)
+    error = pair.arriving.error()
+    assert isinstance(error, ProtocolError)
+    assert "page 0 of block 0, which it was not asked for" in error.cause
+    pair.source.wait_for_rounds()
 
 
 def test_memory_that_is_missing_is_fetched_for_the_host_and_not_watched(

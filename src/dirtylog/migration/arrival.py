@@ -99,6 +99,11 @@ class Arrival:
         self._serve_faults(main, urgent)
         return following
 
+    def check(self) -> None:
+        """Raise what ended the urgent channel before `run`, if anything did: it explains what ended the other."""
+        if self._service is not None:
+            self._service.check()
+
     def run(self, main: Channel) -> None:
         """Take the rest. Once that is here it does not matter whether the source knows.
 

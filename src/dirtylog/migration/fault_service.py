@@ -51,9 +51,13 @@ class FaultService:
         """
         self._stop.set()
         self._thread.join()
+        self.check()
+        return self._attention
+
+    def check(self) -> None:
+        """Raise what ended the thread, if anything did before `join`."""
         if self._error is not None:
             raise self._error
-        return self._attention
 
     def cut(self) -> None:
         """See `Channel.cut`."""

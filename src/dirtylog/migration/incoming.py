@@ -232,7 +232,12 @@ class IncomingMigration:
             return self._prepare(channel, message)
         if self._arrival is None or urgent is None:
             raise ProtocolError("the source owes memory, which was not agreed on")
-        return self._prepare(channel, self._arrival.begin(channel, urgent, message))
+        state = self._arrival.begin(channel, urgent, message)
+        try:
+            return self._prepare(channel, state)
+        except DisconnectedError:
+            self._arrival.check()
+            raise
 
     def _receive_shared(self, channel: Channel, stack: contextlib.ExitStack) -> State:
         """Use the source's own memory, unless it is not handed over in the end. What was here goes with ``stack``."""

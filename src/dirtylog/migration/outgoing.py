@@ -248,6 +248,8 @@ class OutgoingMigration:
                 raise
             words = channel.last_words()
             if words is None:
+                if self._postcopy is not None:
+                    self._postcopy.check()
                 raise
             raise words from error
 

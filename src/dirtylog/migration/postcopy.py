@@ -86,6 +86,11 @@ class Postcopy:
         for message in self._owed.announcements():
             main.send(message)
 
+    def check(self) -> None:
+        """Raise what ended the urgent channel, if anything did: it explains what ended the other."""
+        if self._urgent is not None:
+            self._urgent.check()
+
     def resume(self, address: Address) -> None:
         """Go on over new connections, as the old ones are lost."""
         self._enter(Status.POSTCOPY_RECOVER)
@@ -133,7 +138,7 @@ class Postcopy:
         try:
             self._send(self._main, self._urgent)
         except PeerError:
-            self._urgent.check()  # what ended the urgent channel explains what ended this one
+            self.check()
             raise
 
     def _send(self, main: Channel, urgent: UrgentAnswers) -> None:
