@@ -31,8 +31,6 @@ from dirtylog.units import PAGE_SIZE, WORD_BITS
 
 _ZERO_AT_ONCE: Final = 512
 """Pages of a hole that are made zero when one of them is touched, at most."""
-_WHILE_WAITING: Final = 4
-"""Pages that are put in place at a time while somebody waits for others."""
 _PATIENCE: Final = 30.0
 """Seconds that a thread of ours waits for a page that it asked for."""
 _ASK_AT_ONCE: Final = 64
@@ -186,7 +184,7 @@ class AbsentRAM:
                 yield Lacking(index, some)
 
     def receive(self, channel: Channel, message: Pages, buffer: npt.NDArray[np.uint8]) -> None:
-        """Receive what follows a message, a piece at a time, and put that in place.
+        """Receive what follows a message, a piece at a time, and put that in place; single pages while somebody waits.
 
         Args:
             channel: where the message came from.
@@ -201,7 +199,7 @@ class AbsentRAM:
         with self._lock:
             each.check(message.runs)
         most = buffer.size // PAGE_SIZE
-        for runs in _in_pieces(message.runs, lambda: min(_WHILE_WAITING, most) if self._is_waiting() else most):
+        for runs in _in_pieces(message.runs, lambda: 1 if self._is_waiting() else most):
             channel.receive_into([buffer.data[: sum(count for _, count in runs) * PAGE_SIZE]])
             contents = int(buffer.ctypes.data)
             for first, count in runs:

@@ -36,7 +36,7 @@ from dirtylog.migration.reception import Reception
 from dirtylog.migration.statistics import Status
 from dirtylog.units import KIB
 
-_BUFFER_SIZE: Final = 64 * KIB
+_BUFFER_SIZE: Final = 32 * KIB
 """So little that it is in a CPU's cache when it is put in place, and that who waits does not wait for long."""
 _COMPLETE_TIMEOUT: Final = 10.0
 """Seconds that what was sent on the urgent channel may be later than the end of the other."""
