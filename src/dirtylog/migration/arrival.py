@@ -247,8 +247,7 @@ class Arrival:
                     main.send(message)
                 main.send(Resumed())
                 urgent = stack.enter_context(self._take_urgent(reception, main))
-                for channel in (main, urgent):
-                    channel.set_timeout(0)
+                main.set_timeout(0)
                 self._ram.ask_again()
                 self._serve_faults(main, urgent)
                 stack.pop_all()

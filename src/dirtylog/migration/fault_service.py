@@ -81,7 +81,7 @@ class FaultService:
         try:
             self._ask()
             self._attention.wait(self._stop, select.POLLIN, 0)
-        except Exception as error:  # noqa: BLE001 - raised by `join`
+        except Exception as error:  # noqa: BLE001 - raised by `check`
             if not self._closing:
                 self._error = error
                 self._on_failure()

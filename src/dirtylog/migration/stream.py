@@ -3,6 +3,7 @@
 import os
 import select
 import socket
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Final, Protocol
 
@@ -14,9 +15,8 @@ from dirtylog.units import KIB
 _IOV_MAX: Final = 1024
 _FILE_SIZE: Final = 64 * KIB
 """Shorter parts of files are sent faster as memory, many in one call."""
-
-
 _AHEAD: Final = 8 * KIB
+"""A page and what announces it, with room to spare."""
 _UNLIMITED: Final = 1 << 62
 _SHORT: Final = 32 * KIB
 """Some microseconds, beside which what a call costs is little."""
@@ -75,26 +75,13 @@ class Stream(Protocol):
         """Whether there is something to receive that has left the socket already, so that no poll tells of it."""
 
 
-class PlainStream:
-    """Bytes as they are: from memory to memory in one system call for many buffers.
-
-    Long parts of files are not copied into a Unix socket, since Linux 6.5. Measured, that halves the sender's CPU time;
-    over TCP's loopback it adds half.
-    """
+class SocketStream(ABC):
+    """What all kinds of `Stream` have in common."""
 
     def __init__(self, sock: socket.socket) -> None:
         self._socket = sock
         self._timeout = 0.0
         self._attention: Attention | None = None
-        self._ahead = memoryview(b"")
-        """Where to receive into first, if anywhere; what is there from ``_begin`` to ``_end`` was not asked for yet."""
-        self._begin = self._end = 0
-        self.passes_files = sock.family == socket.AF_UNIX
-
-    @property
-    def has_buffered(self) -> bool:
-        """See `Stream`."""
-        return self._begin < self._end
 
     def set_timeout(self, seconds: float) -> None:
         """See `Stream`."""
@@ -104,6 +91,40 @@ class PlainStream:
     def attend(self, attention: Attention | None) -> None:
         """See `Stream`."""
         self._attention = attention
+
+    def _await(self, event: int) -> None:
+        """Serve others until the socket is ready for a call, which waits by itself where there are none."""
+        if self._attention is not None:
+            self._attention.wait(self._socket, event, self._timeout)
+
+    @abstractmethod
+    def receive_into(self, buffers: list[memoryview]) -> bool:
+        """See `Stream`."""
+
+    def receive(self, size: int) -> bytes:
+        """See `Stream`."""
+        data = bytearray(size)
+        return bytes(data) if self.receive_into([memoryview(data)]) else b""
+
+
+class PlainStream(SocketStream):
+    """Bytes as they are: from memory to memory in one system call for many buffers.
+
+    Long parts of files are not copied into a Unix socket, since Linux 6.5. Measured, that halves the sender's CPU time;
+    over TCP's loopback it adds half.
+    """
+
+    def __init__(self, sock: socket.socket) -> None:
+        super().__init__(sock)
+        self._ahead = memoryview(b"")
+        """Where to receive into first, if anywhere; what is there from ``_begin`` to ``_end`` was not asked for yet."""
+        self._begin = self._end = 0
+        self.passes_files = sock.family == socket.AF_UNIX
+
+    @property
+    def has_buffered(self) -> bool:
+        """See `Stream`."""
+        return self._begin < self._end
 
     def read_ahead(self) -> None:
         """See `Stream`."""
@@ -132,7 +153,8 @@ class PlainStream:
     def _send_file(self, part: FilePart) -> None:
         offset, end = part.offset, part.offset + len(part.memory)
         while offset < end:
-            offset += os.sendfile(self._socket.fileno(), part.fd, offset, min(self._most(select.POLLOUT), end - offset))
+            self._await(select.POLLOUT)
+            offset += os.sendfile(self._socket.fileno(), part.fd, offset, min(self._most, end - offset))
 
     def receive_into(self, buffers: list[memoryview]) -> bool:
         """See `Stream`."""
@@ -151,13 +173,12 @@ class PlainStream:
         if self._begin + size <= self._end:
             self._begin += size
             return self._ahead[self._begin - size : self._begin].tobytes()
-        data = bytearray(size)
-        return bytes(data) if self.receive_into([memoryview(data)]) else b""
+        return super().receive(size)
 
     def _receive_ahead(self, buffer: memoryview) -> bool:
         while buffer:
             if not self.has_buffered:
-                self._most(select.POLLIN)
+                self._await(select.POLLIN)
                 self._begin, self._end = 0, self._socket.recv_into(self._ahead)
                 if not self._end:
                     return False
@@ -171,7 +192,8 @@ class PlainStream:
         """What the next call is to move, as soon as it can."""
         if self._attention is None:
             return buffers[:_IOV_MAX]
-        left = self._most(event)
+        self._await(event)
+        left = self._most
         chosen: list[memoryview] = []
         for buffer in buffers[:_IOV_MAX]:
             chosen.append(buffer[:left])
@@ -180,12 +202,10 @@ class PlainStream:
                 break
         return chosen
 
-    def _most(self, event: int) -> int:
-        """Bytes that the next call may move, as soon as it can."""
-        if self._attention is None:
-            return _UNLIMITED
-        self._attention.wait(self._socket, event, self._timeout)
-        return _SHORT
+    @property
+    def _most(self) -> int:
+        """Bytes that a call may move."""
+        return _UNLIMITED if self._attention is None else _SHORT
 
     def has_arrived(self) -> bool:
         """See `Stream`."""

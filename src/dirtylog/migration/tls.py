@@ -18,10 +18,10 @@ from typing import Final, cast
 from dirtylog.errors import CancelledError, DisconnectedError, PeerError
 from dirtylog.linux.mapping import Contents, memory_of
 from dirtylog.linux.sockets import hear_out, set_timeouts, shut_down
-from dirtylog.migration.attention import Attention
 from dirtylog.migration.credentials import Credentials
 from dirtylog.migration.messages import MAGIC, Failed, encode
 from dirtylog.migration.protocol import Protocol, Role
+from dirtylog.migration.stream import SocketStream
 from dirtylog.migration.tls_errors import why_broken, why_refused
 from dirtylog.units import KIB
 
@@ -35,7 +35,7 @@ _PLAIN_REFUSAL: Final = Protocol.preamble() + encode(
 )
 
 
-class TLSStream:
+class TLSStream(SocketStream):
     """Implements `Stream`. Nothing can be sent or received before `shake_hands`.
 
     Args:
@@ -47,7 +47,7 @@ class TLSStream:
     passes_files: Final = False
 
     def __init__(self, sock: socket.socket, credentials: Credentials, host: str | None = None) -> None:
-        self._socket = sock
+        super().__init__(sock)
         self._role = credentials.role
         self._peer = "destination" if credentials.role is Role.SOURCE else "source"
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
@@ -62,9 +62,6 @@ class TLSStream:
         self._agreed = False
         self._settled = False
         self._ahead = b""
-        self._timeout = 0.0
-        self._attention: Attention | None = None
-        self._piece = _CHUNK
 
     def shake_hands(self, timeout: float) -> None:
         """Check each other's certificates, and agree on keys, within some seconds.
@@ -141,6 +138,11 @@ class TLSStream:
             total += len(piece)
         return total
 
+    @property
+    def _piece(self) -> int:
+        """Bytes that are encrypted, or received, at once."""
+        return _CHUNK if self._attention is None else _SHORT
+
     def _encrypted(self, piece: memoryview) -> bytes:
         with self._lock:
             try:
@@ -200,25 +202,6 @@ class TLSStream:
         if count:
             self._ahead = bytes(byte)
         return count is not None
-
-    def receive(self, size: int) -> bytes:
-        """See `Stream`."""
-        data = bytearray(size)
-        return bytes(data) if self.receive_into([memoryview(data)]) else b""
-
-    def set_timeout(self, seconds: float) -> None:
-        """See `Stream`."""
-        self._timeout = seconds
-        set_timeouts(self._socket, seconds)
-
-    def attend(self, attention: Attention | None) -> None:
-        """See `Stream`."""
-        self._attention = attention
-        self._piece = _SHORT if attention else _CHUNK
-
-    def _await(self, event: int) -> None:
-        if self._attention is not None:
-            self._attention.wait(self._socket, event, self._timeout)
 
     def read_ahead(self) -> None:
         """Records are received ahead anyway."""
