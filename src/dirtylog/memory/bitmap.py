@@ -89,7 +89,7 @@ class PageBitmap:
         count = self._count(first, count)
         word, bit = divmod(first, WORD_BITS)
         if 0 < count <= WORD_BITS - bit:
-            self.words[word] |= np.uint64(((1 << count) - 1) << bit)
+            self.words[word] = self.words.item(word) | ((1 << count) - 1) << bit
             return
         span, head, tail = self._span(first, count)
         if span.size:
@@ -111,7 +111,7 @@ class PageBitmap:
         """Whether one page's bit is set."""
         if not 0 <= page < self.pages:
             raise UsageError(f"page {page} is not in a bitmap of {self.pages}")
-        return bool(int(self.words[page // WORD_BITS]) >> page % WORD_BITS & 1)
+        return bool(self.words.item(page // WORD_BITS) >> page % WORD_BITS & 1)
 
     def test_each(self, pages: Numbers) -> npt.NDArray[np.bool_]:
         """Whether the bit of each of some pages is set."""
@@ -122,7 +122,8 @@ class PageBitmap:
         """Clear one page's bit, faster than `clear` does."""
         if not 0 <= page < self.pages:
             raise UsageError(f"page {page} is not in a bitmap of {self.pages}")
-        self.words[page // WORD_BITS] &= ~np.uint64(1 << page % WORD_BITS)
+        word = page // WORD_BITS
+        self.words[word] = self.words.item(word) & ~(1 << page % WORD_BITS)
 
     def clear_each(self, pages: Numbers) -> None:
         """Clear the bits of some pages."""
