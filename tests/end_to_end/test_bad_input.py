@@ -153,7 +153,7 @@ def test_user_who_may_not_use_kvm_is_told_which_group_to_join(place: Place) -> N
     ("said", "cause"),
     [
         (b"GET / HTTP/1.1\r\n\r\n", "the source does not speak dirtylog's migration protocol; check the address"),
-        (b"DIRTYLOG\x01\0\0\0", "the source speaks version 1 of the migration protocol, this side 4"),
+        (b"DIRTYLOG\x01\0\0\0", "the source speaks version 1 of the migration protocol, this side 5"),
         (Protocol.preamble(), "the connection to the source ended before the migration did"),
     ],
     ids=["HTTP", "another version", "nothing more"],

@@ -37,7 +37,7 @@ def test_nobody_waited() -> None:
 
 def test_vcpu_waits_until_its_page_is_there(clock: Clock) -> None:
     blocktime = Blocktime([10, 11])
-    blocktime.begin(0, 5, 11)
+    blocktime.begin(0, 5, 11, clock.now)
     clock.now += 2
     blocktime.end(0, 4)  # nobody waits for it
     blocktime.end(1, 5)
@@ -53,9 +53,9 @@ def test_vcpu_waits_until_its_page_is_there(clock: Clock) -> None:
 
 def test_guest_is_blocked_while_all_its_vcpus_wait(clock: Clock) -> None:
     blocktime = Blocktime([10, 11])
-    blocktime.begin(0, 1, 10)
+    blocktime.begin(0, 1, 10, clock.now)
     clock.now += 1
-    blocktime.begin(0, 2, 11)
+    blocktime.begin(0, 2, 11, clock.now)
     clock.now += 2
     blocktime.end(0, 1)
     clock.now += 4
@@ -66,9 +66,9 @@ def test_guest_is_blocked_while_all_its_vcpus_wait(clock: Clock) -> None:
 
 def test_vcpu_that_goes_on_to_another_page_before_the_first_is_noted_waits_on(clock: Clock) -> None:
     blocktime = Blocktime([10])
-    blocktime.begin(0, 1, 10)
+    blocktime.begin(0, 1, 10, clock.now)
     clock.now += 1
-    blocktime.begin(0, 2, 10)
+    blocktime.begin(0, 2, 10, clock.now)
     clock.now += 1
     blocktime.end(0, 1)
     clock.now += 8
@@ -80,10 +80,10 @@ def test_vcpu_that_goes_on_to_another_page_before_the_first_is_noted_waits_on(cl
 
 def test_page_that_several_wait_for_ends_the_waiting_of_all(clock: Clock) -> None:
     blocktime = Blocktime([10, 11])
-    blocktime.begin(0, 1, 10)
+    blocktime.begin(0, 1, 10, clock.now)
     clock.now += 1
-    blocktime.begin(0, 1, 11)
-    blocktime.begin(0, 1, _HOST)
+    blocktime.begin(0, 1, 11, clock.now)
+    blocktime.begin(0, 1, _HOST, clock.now)
     clock.now += 1
     blocktime.end(0, 1)
     assert blocktime.requests == 3
@@ -95,9 +95,9 @@ def test_page_that_several_wait_for_ends_the_waiting_of_all(clock: Clock) -> Non
 def test_vcpu_that_faults_again_on_the_page_it_waits_for_waits_once(clock: Clock) -> None:
     """A signal wakes who waits in the kernel, and touches the page anew."""
     blocktime = Blocktime([10])
-    blocktime.begin(0, 1, 10)
+    blocktime.begin(0, 1, 10, clock.now)
     clock.now += 1
-    blocktime.begin(0, 1, 10)
+    blocktime.begin(0, 1, 10, clock.now)
     clock.now += 1
     blocktime.end(0, 1)
     assert blocktime.requests == 1
@@ -107,7 +107,7 @@ def test_vcpu_that_faults_again_on_the_page_it_waits_for_waits_once(clock: Clock
 
 def test_others_than_vcpus_count_as_requests_only(clock: Clock) -> None:
     blocktime = Blocktime([10])
-    blocktime.begin(0, 1, _HOST)
+    blocktime.begin(0, 1, _HOST, clock.now)
     clock.now += 5
     blocktime.end(0, 1)
     assert (blocktime.requests, list(blocktime.latencies)) == (1, [5.0])
@@ -116,7 +116,7 @@ def test_others_than_vcpus_count_as_requests_only(clock: Clock) -> None:
 
 def test_machine_without_vcpus_is_never_blocked(clock: Clock) -> None:
     blocktime = Blocktime(())
-    blocktime.begin(0, 1, 0)
+    blocktime.begin(0, 1, 0, clock.now)
     clock.now += 1
     blocktime.end(0, 1)
     assert (blocktime.vcpu_blocked, blocktime.blocked) == ([], 0.0)
@@ -126,7 +126,7 @@ def test_latencies_that_are_kept_are_bounded(clock: Clock, monkeypatch: pytest.M
     monkeypatch.setattr(blocktime_module, "_MOST_LATENCIES", 3)
     blocktime = Blocktime([10])
     for page in range(5):
-        blocktime.begin(0, page, 10)
+        blocktime.begin(0, page, 10, clock.now)
         clock.now += 1
         blocktime.end(0, page)
     assert (len(blocktime.latencies), blocktime.requests, blocktime.vcpu_blocked) == (3, 5, [5.0])

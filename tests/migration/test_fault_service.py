@@ -17,7 +17,7 @@ from dirtylog.memory import Memory
 from dirtylog.migration.absent import AbsentRAM
 from dirtylog.migration.blocktime import Blocktime
 from dirtylog.migration.fault_service import FaultService
-from dirtylog.migration.messages import Message, Owed, Page, Pages, PassEnd, Request, ZeroPages
+from dirtylog.migration.messages import Message, Owed, Page, Pages, PassEnd, Request, ZeroPage, ZeroPages
 from dirtylog.migration.protocol import Stage
 from dirtylog.units import PAGE_SIZE
 
@@ -84,7 +84,7 @@ def test_answers_may_come_in_any_order_and_say_that_a_page_is_zero(served: Serve
     asked = [served.ends.source.expect(Request).page for _ in touches]
     assert sorted(asked) == [7, 8, 9]
     served.answer(9, 9)
-    served.say(ZeroPages(0, np.array([[8, 1]])))
+    served.say(ZeroPage(0, 8))
     served.answer(7, 7)
     assert {page: touch.result() for page, touch in touches.items()} == {7: b"\7", 8: b"\0", 9: b"\x09"}
 
@@ -104,7 +104,7 @@ def test_what_was_asked_for_before_it_began_is_asked_for(served: Served) -> None
     with connected(Stage.SIDE) as ends:
         service = FaultService(ends.destination, served.ram, served.failed.set)
         assert ends.source.expect(Request) == Request(0, 7)
-        ends.source.send(ZeroPages(0, np.array([[7, 1]])))
+        ends.source.send(ZeroPage(0, 7))
         assert touch.result() == b"\0"
         service.close()
 
@@ -148,9 +148,10 @@ def test_lost_connection_is_told_of(served: Served) -> None:
         (Page(0, 7), "the source sent page 7 of block 0, which it was not asked for"),
         (Page(0, _PAGES), f"the source sent page {_PAGES} of block 0, which it was not asked for"),
         (Page(1, 0), "the source sent page 0 of block 1, which it was not asked for"),
-        (ZeroPages(0, np.array([[7, 1]])), "the source sent page 7 of block 0, which it was not asked for"),
-        (ZeroPages(0, np.array([[_PAGES, 1]])), f"the source sent page {_PAGES} of block 0"),
-        (ZeroPages(1, np.array([[0, 1]])), "the source sent page 0 of block 1"),
+        (ZeroPages(0, np.array([[7, 1]])), "the source sent ZeroPages where only pages are expected"),
+        (ZeroPage(0, 7), "the source sent page 7 of block 0, which it was not asked for"),
+        (ZeroPage(0, _PAGES), f"the source sent page {_PAGES} of block 0"),
+        (ZeroPage(1, 0), "the source sent page 0 of block 1"),
     ],
 )
 def test_what_does_not_belong_there_ends_it(served: Served, message: Message, cause: str) -> None:  # M5

@@ -193,7 +193,7 @@ _TURNED_AWAY: dict[str, tuple[_Change, str]] = {
     ),
     "another version": (
         _instead("preamble", Piece("preamble", MAGIC + struct.pack("<I", 1))),
-        "the source speaks version 1 of the migration protocol, this side 4",
+        "the source speaks version 1 of the migration protocol, this side 5",
     ),
     "no greeting": (_instead("Hello"), "the source sent ZeroPages when OPENING"),
     "another kind of machine": (

@@ -19,10 +19,12 @@ from dirtylog.migration.messages import (
     MAX_RUNS,
     MAX_SHORT_BODY,
     MESSAGES,
+    PAGE_FRAME,
     Digests,
     EncodedPages,
     Hello,
     Message,
+    OnePage,
     Ready,
     RunTable,
     State,
@@ -42,6 +44,8 @@ def _longest(kind: type[Message]) -> int:
     """What `decode_head` lets through."""
     if kind is State:
         return MAX_BODY
+    if issubclass(kind, OnePage):
+        return PAGE_FRAME.size - HEAD.size
     return MAX_SHORT_BODY if kind in (Hello, Digests, Ready) or issubclass(kind, RunTable) else MAX_FACTS_BODY
 
 
@@ -129,6 +133,9 @@ def _worst(kind: type[Message]) -> Iterator[tuple[str, bytes]]:
     size = _longest(kind)
     if issubclass(kind, RunTable):
         yield from _tables(kind, size)
+        return
+    if issubclass(kind, OnePage):
+        yield "any numbers", b"\xff" * size
         return
     yield from _of_any_kind(kind, size)
     if kind is State:

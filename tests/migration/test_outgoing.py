@@ -152,7 +152,7 @@ _REFUSED: dict[str, tuple[Callable[[tuple[Piece, ...]], tuple[Piece, ...]], type
     "another version": (
         _instead("preamble", Piece("preamble", b"DIRTYLOG\x09\0\0\0")),
         ProtocolError,
-        "the destination speaks version 9 of the migration protocol, this side 4",
+        "the destination speaks version 9 of the migration protocol, this side 5",
     ),
     "not invited": (_instead("Welcome"), ProtocolError, "the destination sent PassDone when OFFERED"),
     "invited twice": (

@@ -10,7 +10,7 @@ from dirtylog.linux.mapping import memory_of
 from dirtylog.memory import Memory, PageBitmap
 from dirtylog.migration import owed as owed_module
 from dirtylog.migration.batch import Batch
-from dirtylog.migration.messages import Lacking, Request
+from dirtylog.migration.messages import Lacking
 from dirtylog.migration.owed import _BATCH_PAGES, OwedPages, in_messages
 from dirtylog.migration.ram import DirtyRAM
 from dirtylog.units import KIB, PAGE_SIZE
@@ -62,10 +62,9 @@ class Source:
 
     def ask(self, place: Place) -> list[Place]:
         """The page, if it was owed; it is to be sent in any case."""
-        block, was_owed, is_hole = self.owed.answer(Request(*place))
-        assert block is self.blocks[place[0]]
-        assert not (is_hole and self._contents(*place).any())
-        return [place] if was_owed else []
+        contents = self.owed.contents(*place)
+        assert np.array_equal(np.zeros(PAGE_SIZE) if contents is None else contents, self._contents(*place))
+        return [place] if self.owed.answered(*place) else []
 
     def _contents(self, block: int, page: int) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:
         return self.blocks[block].array[page * PAGE_SIZE : (page + 1) * PAGE_SIZE]
@@ -204,7 +203,7 @@ def test_no_runs_make_no_message() -> None:
 def test_page_that_is_not_there_cannot_be_asked_for(memory: Memory, block: int, page: int) -> None:  # M5
     source = Source(memory, set(), set(), _everything)
     with pytest.raises(ProtocolError, match=f"asks for page {page} of block {block}"):
-        source.owed.answer(Request(block, page))
+        source.owed.contents(block, page)
     assert source.owed.pages == len(_everything)
 
 

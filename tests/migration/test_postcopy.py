@@ -34,7 +34,7 @@ from dirtylog.migration import (
 from dirtylog.migration.absent import AbsentRAM
 from dirtylog.migration.channel import Channel
 from dirtylog.migration.connections import Connections
-from dirtylog.migration.messages import Lacking, Request, State, ZeroPages
+from dirtylog.migration.messages import Lacking, State, ZeroPage
 from dirtylog.migration.owed import OwedPages
 from dirtylog.migration.urgent import Tally, UrgentAnswers
 from dirtylog.units import MIB, PAGE_SIZE
@@ -315,7 +315,7 @@ def test_destination_that_lacks_more_than_there_is_is_left_alone(  # M5
 def test_what_is_wrong_with_a_request_before_the_handover_is_told(  # M2, M5
     pair: Pair, stack: ExitStack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(AbsentRAM, "requests", lambda _: [Request(0, 8 * MIB // PAGE_SIZE)])
+    monkeypatch.setattr(AbsentRAM, "serve", lambda _, request: request(0, 8 * MIB // PAGE_SIZE))
     monkeypatch.setattr(
         IncomingMigration, "_load", lambda self, _: wait_until(lambda: pair.outgoing.ended, "it failed")
     )
@@ -332,7 +332,7 @@ def test_what_is_wrong_with_an_answer_before_the_handover_is_told(  # M5, M6
     class Liar(UrgentAnswers):
         def __init__(self, channel: Channel, owed: OwedPages, tally: Tally, main: Channel) -> None:
             super().__init__(channel, owed, tally, main)
-            channel.send(ZeroPages(0, np.array([[0, 1]])))
+            channel.send(ZeroPage(0, 0))
 
     def load(incoming: IncomingMigration, _: State) -> None:
         arrival = incoming._arrival

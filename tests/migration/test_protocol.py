@@ -34,6 +34,7 @@ from dirtylog.migration.messages import (
     State,
     Taken,
     Welcome,
+    ZeroPage,
     ZeroPages,
     encode,
 )
@@ -60,6 +61,7 @@ _EXAMPLES: dict[type[Message], Message] = {
     Owed: Owed(0, _RUNS),
     Request: Request(0, 3),
     Page: Page(0, 3),
+    ZeroPage: ZeroPage(0, 3),
     Resume: Resume(bytes(16)),
     Lacking: Lacking(0, _RUNS),
     Resumed: Resumed(),
@@ -83,6 +85,7 @@ SIDE         source       EncodedPages SIDE
 SIDE         source       PassEnd    SIDE_ENDED
 SIDE         destination  Request    SIDE
 SIDE         source       Page       SIDE
+SIDE         source       ZeroPage   SIDE
 SIDE         source       Failed     FAILED
 SIDE         destination  Failed     FAILED
 SIDE_ENDED   destination  PassDone   SIDE
@@ -232,7 +235,7 @@ def test_side_channel_never_leads_to_the_guest() -> None:  # M1
 
 
 def test_preamble_is_magic_and_version() -> None:
-    assert Protocol.preamble() == b"DIRTYLOG\x04\x00\x00\x00" == MAGIC + struct.pack("<I", VERSION)
+    assert Protocol.preamble() == b"DIRTYLOG\x05\x00\x00\x00" == MAGIC + struct.pack("<I", VERSION)
 
 
 def test_peer_that_speaks_tls_is_told_from_others() -> None:
@@ -255,9 +258,9 @@ def test_peer_that_speaks_something_else_is_refused(role: Role, data: bytes) -> 
     assert _other(role).value in caught.value.cause
 
 
-@pytest.mark.parametrize("version", [0, 3, VERSION + 1, 0xFFFF_FFFF])
+@pytest.mark.parametrize("version", [0, 4, VERSION + 1, 0xFFFF_FFFF])
 def test_peer_of_another_version_is_refused(version: int) -> None:  # M5
-    with pytest.raises(ProtocolError, match=f"speaks version {version} of the migration protocol, this side 4"):
+    with pytest.raises(ProtocolError, match=f"speaks version {version} of the migration protocol, this side {VERSION}"):
         Protocol(Role.DESTINATION).receive(MAGIC + struct.pack("<I", version))
 
 

@@ -74,6 +74,20 @@ def test_what_has_arrived_is_known_and_not_taken(pair: Pair) -> None:
     wait_until(other.has_arrived, "the end arrived")
 
 
+def test_what_is_there_is_received_without_waiting_for_more(pair: Pair) -> None:
+    one, other, sock = pair
+    buffer = memoryview(bytearray(8))
+    with pytest.raises(BlockingIOError):
+        other.receive_available(buffer)
+    one.send([memoryview(b"some")])
+    wait_until(other.has_arrived, "it arrived")
+    assert other.receive_available(buffer) == 4
+    assert bytes(buffer[:4]) == b"some"
+    sock.shutdown(socket.SHUT_WR)
+    wait_until(other.has_arrived, "the end arrived")
+    assert other.receive_available(buffer) == 0
+
+
 def test_descriptors_pass_over_unix_sockets_only(pair: Pair) -> None:
     one, _, sock = pair
     assert one.passes_files is (sock.family == socket.AF_UNIX)

@@ -231,6 +231,24 @@ class TestQuiet:
         assert near.receive_into([memoryview(received)])
         assert received == b"later"
 
+    def test_what_is_there_is_received_without_waiting_for_more(self, streams: Streams) -> None:
+        near, far, _, other = streams
+        received = memoryview(bytearray(8))
+        record = far._encrypted(memoryview(b"later"))
+        with pytest.raises(BlockingIOError):
+            near.receive_available(received)
+        other.sendall(record[:10])
+        wait_until(lambda: near._socket.recv(10, socket.MSG_PEEK), "some of the record came")
+        with pytest.raises(BlockingIOError):
+            near.receive_available(received)
+        other.sendall(record[10:])
+        wait_until(lambda: near._socket.recv(1, socket.MSG_PEEK), "the rest came")
+        assert near.receive_available(received) == 5
+        assert bytes(received[:5]) == b"later"
+        other.shutdown(socket.SHUT_WR)
+        wait_until(near.has_arrived, "the end came")
+        assert near.receive_available(received) == 0
+
 
 def _until_it_raises(call: Callable[[], object]) -> None:
     wait_until(lambda: call() is not None, "it raised")

@@ -10,7 +10,7 @@ from support.waiting import Task, wait_until
 
 from dirtylog.errors import DirtylogError, DisconnectedError, ProtocolError
 from dirtylog.memory import Memory
-from dirtylog.migration.messages import Failed, Join, Joined, Page, PassDone, PassEnd, Request, ZeroPages
+from dirtylog.migration.messages import Failed, Join, Joined, Page, PassDone, PassEnd, Request, ZeroPage
 from dirtylog.migration.owed import OwedPages
 from dirtylog.migration.pacer import Pacer
 from dirtylog.migration.protocol import Stage
@@ -70,7 +70,7 @@ def test_page_with_contents_is_sent(answering: Answering) -> None:
 
 def test_page_that_is_a_hole_is_said_to_be_zero(answering: Answering) -> None:
     answering.ask(5)
-    assert answering.urgent.destination.expect(ZeroPages).runs.tolist() == [[5, 1]]
+    assert answering.urgent.destination.expect(ZeroPage) == ZeroPage(0, 5)
 
 
 def test_page_that_is_on_its_way_is_sent_again(answering: Answering) -> None:

@@ -33,6 +33,7 @@ from dirtylog.migration.messages import (
     Request,
     Resume,
     Resumed,
+    ZeroPage,
     encode,
 )
 from dirtylog.migration.protocol import Protocol
@@ -57,6 +58,7 @@ _RARE: Final[tuple[tuple[int, Message | None, Message, bytes], ...]] = (
     (_TO_DESTINATION, None, Failed("enough"), b""),
     (_TO_DESTINATION, None, Resume(SESSION), b""),
     (_TO_DESTINATION, Join(SESSION), Page(0, 3), bytes(PAGE_SIZE)),
+    (_TO_DESTINATION, Join(SESSION), ZeroPage(0, 3), b""),
     (_TO_SOURCE_FURTHER, Joined(), Request(0, 3), b""),
     (_TO_SOURCE, None, Lacking(0, np.array([[3, 2], [9, 1]], np.int64)), b""),
     (_TO_SOURCE, None, Resumed(), b""),
@@ -173,6 +175,11 @@ def inputs(folder: Path) -> Iterator[tuple[str, bytes]]:
         for message in messages:
             frame = encode(message)
             yield "body", frame[:1] + frame[8:]
+    requests = b"".join(encode(Request(0, page)) for page in (3, 300, 7))
+    pages = encode(Page(0, 3)) + b"\3" * PAGE_SIZE + encode(ZeroPage(0, 300)) + encode(Page(0, 7)) + bytes(PAGE_SIZE)
+    for piece in (1, 24, 0xFFFF):
+        yield "urgent", b"\1" + piece.to_bytes(2, "little") + requests
+        yield "urgent", b"\0" + piece.to_bytes(2, "little") + pages
     _, frame = _encoded()
     yield "encoded", b"\1" + frame
     yield "encoded", b"\0" + frame

@@ -4,9 +4,10 @@ Bytes from a peer or a file give what they say, or a `ProtocolError`: no other e
 """
 
 import contextlib
+import ctypes
 import os
-from collections.abc import Callable
-from typing import Final
+from collections.abc import Callable, Iterator
+from typing import Final, cast
 
 import msgspec
 import xxhash
@@ -14,6 +15,7 @@ import xxhash
 from dirtylog.errors import ProtocolError
 from dirtylog.memory import RAMBlock
 from dirtylog.migration import file as machine_file
+from dirtylog.migration.channel import Channel
 from dirtylog.migration.encoding import decompress
 from dirtylog.migration.file import Description, Layout, MachineFile
 from dirtylog.migration.messages import (
@@ -31,17 +33,20 @@ from dirtylog.migration.messages import (
     Joined,
     Lacking,
     Message,
+    OnePage,
     Owed,
     Page,
     Pages,
     PassDone,
     PassEnd,
     Ready,
+    Request,
     RunTable,
     Shared,
     State,
     Taken,
     Welcome,
+    ZeroPage,
     ZeroPages,
     decode_body,
     decode_head,
@@ -49,6 +54,7 @@ from dirtylog.migration.messages import (
 )
 from dirtylog.migration.protocol import Protocol, Role, Stage
 from dirtylog.migration.ram import IncomingRAM, checked_block
+from dirtylog.migration.urgent_channel import UrgentChannel
 from dirtylog.units import PAGE_SIZE
 
 BLOCKS: Final = (("ram", 64), ("rom", 3))
@@ -137,6 +143,54 @@ def _answers(protocol: Protocol, message: Message) -> tuple[Message, ...]:
     if isinstance(message, PassDone):
         return (PassEnd(2),) if protocol.stage is Stage.SIDE else (State(True, {}),)
     return _ANSWERS.get(type(message), ())
+
+
+class _Arrived:
+    """Stands in for a channel on which bytes arrive in pieces."""
+
+    def __init__(self, data: bytes, piece: int) -> None:
+        self.peer = "peer"
+        self._rest = data
+        self._piece = piece
+
+    @property
+    def has_buffered(self) -> bool:
+        """Whether more arrives."""
+        return bool(self._rest)
+
+    def receive_available(self, buffer: memoryview) -> int:
+        """The next piece, as far as it fits."""
+        piece, self._rest = self._rest[: min(self._piece, len(buffer))], self._rest[min(self._piece, len(buffer)) :]
+        buffer[: len(piece)] = piece
+        return len(piece)
+
+
+def urgent(data: bytes) -> None:
+    """What is heard on the urgent channel: by whom, says the first byte; in pieces of what size, the next two."""
+    role = Role.SOURCE if data and data[0] % 2 else Role.DESTINATION
+    piece, rest = 1 + int.from_bytes(data[1:3], "little"), data[3:]
+    channel = UrgentChannel(cast(Channel, _Arrived(rest, piece)), role)
+    found = []
+    with contextlib.suppress(ProtocolError):
+        for block, page, address in channel.receive():
+            found.append((block, page, ctypes.string_at(address, PAGE_SIZE) if address else None))
+    assert found == list(_on_urgent(rest, (Request,) if role is Role.SOURCE else (Page, ZeroPage)))
+
+
+def _on_urgent(rest: bytes, kinds: tuple[type[Message], ...]) -> Iterator[tuple[int, int, bytes | None]]:
+    """The same, read with the means for any message."""
+    while len(rest) >= HEAD.size:
+        try:
+            kind, length = decode_head(rest[: HEAD.size])
+            message = decode_body(kind, rest[HEAD.size : HEAD.size + length])
+        except ProtocolError:
+            return
+        contents = rest[HEAD.size + length :][: PAGE_SIZE if isinstance(message, Page) else 0]
+        if not isinstance(message, kinds) or len(contents) < (PAGE_SIZE if isinstance(message, Page) else 0):
+            return
+        assert isinstance(message, OnePage)
+        yield message.block, message.page, contents or None
+        rest = rest[HEAD.size + length + len(contents) :]
 
 
 def body(data: bytes) -> None:
@@ -234,6 +288,7 @@ def _end(description: bytes) -> int:
 TARGETS: Final[dict[str, Callable[[], Target]]] = {
     "stream": Stream,
     "body": lambda: body,
+    "urgent": lambda: urgent,
     "encoded": lambda: encoded,
     "file": File,
 }

@@ -11,20 +11,19 @@ who fetch it. So such threads ask for it first: see `RAMBlock.fetch`.
 """
 
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Final
 
-import numpy as np
-import numpy.typing as npt
-
 from dirtylog.errors import HostError, ProtocolError
+from dirtylog.linux.mapping import BufferMapping
 from dirtylog.linux.missing import MissingFaults
 from dirtylog.linux.wakeup import Wakeup
 from dirtylog.memory import PageBitmap, RAMBlock
 from dirtylog.migration.blocktime import Blocktime
 from dirtylog.migration.channel import Channel
-from dirtylog.migration.messages import Lacking, Owed, Page, Pages, Request, Runs, ZeroPages
+from dirtylog.migration.messages import Lacking, Owed, Pages, Runs, ZeroPages
 from dirtylog.migration.owed import in_messages
 from dirtylog.migration.ram import checked_block
 from dirtylog.units import PAGE_SIZE, WORD_BITS
@@ -102,7 +101,7 @@ class AbsentRAM:
         blocktime: told who waits.
 
     Attributes:
-        wakeup: set when `requests` has something to say that is not about faults.
+        wakeup: set when something is wanted by a thread that has no fault.
     """
 
     def __init__(self, blocks: Sequence[RAMBlock], faults: MissingFaults, blocktime: Blocktime) -> None:
@@ -114,7 +113,7 @@ class AbsentRAM:
         self._blocktime = blocktime
         self._lock = threading.Lock()
         self._arrived = threading.Condition(self._lock)
-        self._wanted: list[Request] = []
+        self._wanted: list[tuple[int, int]] = []
         self._unanswered = 0
         self._left = 0
         self._closing = threading.Lock()
@@ -126,7 +125,7 @@ class AbsentRAM:
         return self._left
 
     def fileno(self) -> int:
-        """A descriptor that is readable while `requests` has something to say about faults."""
+        """A descriptor that is readable while `serve` has faults to read."""
         return self._faults.fileno()
 
     def owe(self, message: Owed) -> None:
@@ -152,19 +151,36 @@ class AbsentRAM:
                 self._registered.append(each)
                 each.block.fetch = partial(self._fetch, each)
 
-    def requests(self) -> list[Request]:
-        """What to ask the source for: pages that somebody waits for, each once, and not too many at a time."""
-        for fault in self._faults.read():
-            self._serve(fault.address, fault.thread)
-        return self.held_back()
+    def serve(self, request: Callable[[int, int], None]) -> None:
+        """Find out who waits, and have the source asked for the pages that they wait for, each once.
 
-    def held_back(self) -> list[Request]:
-        """What `requests` kept, as far as there is room for it: ask for that after each answer."""
-        with self._lock:
-            room = _MOST_UNANSWERED - self._unanswered
-            wanted, self._wanted = self._wanted[:room], self._wanted[room:]
-            self._unanswered += len(wanted)
-            return wanted
+        Args:
+            request: asks for a page, by the number of its block and its own.
+        """
+        now, waiting = time.monotonic(), []
+        for address, thread in self._faults.read():
+            for each in self._registered:
+                if 0 <= (offset := address - each.address) < each.size:
+                    page = offset // PAGE_SIZE
+                    with self._lock:
+                        is_owed = self._want(each, page)
+                    if is_owed:
+                        waiting.append((each.index, page, thread))
+                    else:
+                        self._zero_hole(each, page)
+        try:
+            self.ask(request)
+        finally:
+            for index, page, thread in waiting:  # only now, as they wait for what is asked for
+                self._blocktime.begin(index, page, thread, now)
+
+    def ask(self, request: Callable[[int, int], None]) -> None:
+        """Have the source asked for what else is wanted, now that there may be room for it: see `serve`."""
+        while self._wanted and self._unanswered < _MOST_UNANSWERED:
+            with self._lock:
+                block, page = self._wanted.pop(0)
+                self._unanswered += 1
+            request(block, page)
 
     def ask_again(self) -> None:
         """Ask for what was asked for and is not here yet: there is a new connection, on which nothing is on its way."""
@@ -173,7 +189,7 @@ class AbsentRAM:
             for each in self._blocks:
                 each.asked = {page for page in each.asked if each.owed.test(page)}
                 each.early.clear()
-                self._wanted += [Request(each.index, page) for page in sorted(each.asked)]
+                self._wanted += [(each.index, page) for page in sorted(each.asked)]
 
     def lacking(self) -> Iterator[Lacking]:
         """What is owed, for the source."""
@@ -183,13 +199,13 @@ class AbsentRAM:
             for some in in_messages(runs):
                 yield Lacking(index, some)
 
-    def receive(self, channel: Channel, message: Pages, buffer: npt.NDArray[np.uint8]) -> None:
+    def receive(self, channel: Channel, message: Pages, buffer: BufferMapping) -> None:
         """Receive what follows a message, a piece at a time, and put that in place; single pages while somebody waits.
 
         Args:
             channel: where the message came from.
             message: about pages that are owed.
-            buffer: to receive into, some whole pages.
+            buffer: to receive into.
 
         Raises:
             ProtocolError: the message names memory that is not there, or is not owed.
@@ -200,8 +216,8 @@ class AbsentRAM:
             each.check(message.runs)
         most = buffer.size // PAGE_SIZE
         for runs in _in_pieces(message.runs, lambda: 1 if self._is_waiting() else most):
-            channel.receive_into([buffer.data[: sum(count for _, count in runs) * PAGE_SIZE]])
-            contents = int(buffer.ctypes.data)
+            channel.receive_into([buffer.memory[: sum(count for _, count in runs) * PAGE_SIZE]])
+            contents = buffer.address
             for first, count in runs:
                 self._place(each.address + first * PAGE_SIZE, contents, count * PAGE_SIZE)
                 contents += count * PAGE_SIZE
@@ -222,33 +238,23 @@ class AbsentRAM:
         while done < size:  # a page that is there already came on the urgent channel
             done += self._faults.copy(address + done, contents + done, size - done) + PAGE_SIZE
 
-    def receive_page(self, channel: Channel, message: Page, buffer: npt.NDArray[np.uint8]) -> None:
-        """See `receive`, for a single page that was asked for, where each microsecond counts: its guest waits."""
-        channel.receive_into([buffer.data[:PAGE_SIZE]])
-        each, page = self._asked(message.block, message.page), message.page
-        if each.owed.test(page):
-            self._faults.copy(each.address + page * PAGE_SIZE, buffer.ctypes.data, PAGE_SIZE)
-        self._answered(each, page)
+    def answered(self, block: int, page: int, contents: int) -> None:
+        """Put a page in place that was asked for.
 
-    def zero_page(self, message: ZeroPages) -> None:
-        """See `receive_page`, where the page is zero.
+        Args:
+            block: number of its block.
+            page: its own.
+            contents: their address; 0 if it is zero.
 
         Raises:
-            ProtocolError: the message names other pages than one that was asked for.
+            ProtocolError: it was not asked for.
         """
-        page = int(message.runs[0, 0])
-        each = self._asked(message.block, page)
-        if message.pages > 1:
-            raise each.refuse()
-        self._answered(each, page)
-        self._faults.zero(each.address + page * PAGE_SIZE, PAGE_SIZE)
-
-    def _asked(self, index: int, page: int) -> _AbsentBlock:
-        if index >= len(self._blocks) or page not in self._blocks[index].asked:
-            raise ProtocolError(f"the source sent page {page} of block {index}, which it was not asked for")
-        return self._blocks[index]
-
-    def _answered(self, each: _AbsentBlock, page: int) -> None:
+        if block >= len(self._blocks) or page not in self._blocks[block].asked:
+            raise ProtocolError(f"the source sent page {page} of block {block}, which it was not asked for")
+        each = self._blocks[block]
+        address = each.address + page * PAGE_SIZE
+        if contents and each.owed.test(page):
+            self._faults.copy(address, contents, PAGE_SIZE)
         with self._lock:
             each.asked.discard(page)
             self._unanswered -= 1
@@ -256,7 +262,9 @@ class AbsentRAM:
                 each.owed.clear_one(page)
                 each.early.set(page, 1)
                 self._count_down(1, someone_waits=True)
-        self._blocktime.end(each.index, page)
+        if not contents:
+            self._faults.zero(address, PAGE_SIZE)
+        self._blocktime.end(block, page)
 
     def zero(self, message: ZeroPages) -> None:
         """What the source owes there is zero.
@@ -290,23 +298,14 @@ class AbsentRAM:
         if someone_waits or not self._left:
             self._arrived.notify_all()
 
-    def _serve(self, address: int, thread: int) -> None:
-        for each in self._registered:
-            if 0 <= (offset := address - each.address) < each.size:
-                page = offset // PAGE_SIZE
-                if not self._want(each, page, thread):
-                    self._zero_hole(each, page)
-
-    def _want(self, each: _AbsentBlock, page: int, thread: int = 0) -> bool:
-        """Have a page asked for if it is owed; whether it is."""
-        with self._lock:
-            if not each.owed.test(page):
-                return False
-            self._blocktime.begin(each.index, page, thread)
-            if page not in each.asked:
-                each.asked.add(page)
-                self._wanted.append(Request(each.index, page))
-            return True
+    def _want(self, each: _AbsentBlock, page: int) -> bool:
+        """Have a page asked for if it is owed; whether it is. With the lock held."""
+        if not each.owed.test(page):
+            return False
+        if page not in each.asked:
+            each.asked.add(page)
+            self._wanted.append((each.index, page))
+        return True
 
     def _fetch(self, each: _AbsentBlock, offset: int, size: int) -> None:
         """See `RAMBlock.fetch`."""
@@ -315,8 +314,11 @@ class AbsentRAM:
             self._fetch_some(each, first, min(first + _ASK_AT_ONCE, last))
 
     def _fetch_some(self, each: _AbsentBlock, first: int, end: int) -> None:
-        wanted = [self._want(each, page) for page in range(first, end)]
-        if any(wanted):
+        with self._lock:
+            wanted = [page for page in range(first, end) if self._want(each, page)]
+            for page in wanted:
+                self._blocktime.begin(each.index, page, 0, time.monotonic())
+        if wanted:
             with self._closing:
                 if not self._closed:
                     self.wakeup.set()

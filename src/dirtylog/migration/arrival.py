@@ -2,15 +2,15 @@
 
 import contextlib
 import hmac
+import mmap
 import threading
 import time
 from collections.abc import Callable
 from queue import SimpleQueue
 from typing import Final, Self
 
-import numpy as np
-
 from dirtylog.errors import CancelledError, DirtylogError, DisconnectedError, PeerError, ProtocolError
+from dirtylog.linux.mapping import BufferMapping
 from dirtylog.linux.missing import MissingFaults
 from dirtylog.machine import Machine, RunState
 from dirtylog.migration.absent import AbsentRAM
@@ -205,7 +205,7 @@ class Arrival:
             self._end_service()
 
     def _take_all(self, main: Channel, attention: Attention) -> None:
-        buffer = np.empty(_BUFFER_SIZE, np.uint8)
+        buffer = BufferMapping(memoryview(mmap.mmap(-1, _BUFFER_SIZE)))
         while not isinstance(message := main.receive(), PassEnd):
             if isinstance(message, Pages):
                 self._ram.receive(main, message, buffer)

@@ -37,17 +37,17 @@ class Blocktime:
         self._blocked_now: set[int] = set()
         self._all_blocked_since = 0.0
 
-    def begin(self, block: int, page: int, thread: int) -> None:
-        """Somebody waits for a page from now on. Who is interrupted in it may say so again."""
-        now, vcpu = time.monotonic(), self._index.get(thread)
+    def begin(self, block: int, page: int, thread: int, since: float) -> None:
+        """Somebody waits for a page since some `time.monotonic`. Who is interrupted in it may say so again."""
+        vcpu = self._index.get(thread)
         with self._lock:
             waiting = self._waiting.setdefault((block, page), [])
             if waiting and vcpu is not None and any(vcpu == other for _, other in waiting):
                 return
             self.requests += 1
-            waiting.append((now, vcpu))
+            waiting.append((since, vcpu))
             if vcpu is not None:
-                self._block(vcpu, now)
+                self._block(vcpu, since)
 
     def end(self, block: int, page: int) -> None:
         """The page is there; nothing to do if nobody waits for it."""

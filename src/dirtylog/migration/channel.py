@@ -101,19 +101,13 @@ class Channel:
         """See `Stream.attend`."""
         self._stream.attend(attention)
 
-    def read_ahead(self) -> None:
-        """See `Stream.read_ahead`."""
-        self._stream.read_ahead()
-
     def send(self, message: Message, payload: Iterable[Contents] = ()) -> int:
         """Send a message and what belongs to it; how many bytes that were.
 
         What is long and in a file is not copied into the socket, which only refers to its pages: the peer may get what
         is written there until it has received them, as long as the migration lasts.
         """
-        parts: list[Contents] = [memoryview(self._protocol.send(message)), *payload]
-        with self._io:
-            return self._stream.send(parts)
+        return self.send_frame([memoryview(self._protocol.send(message)), *payload])
 
     def send_files(self, files: Sequence[int]) -> None:
         """Send descriptors, right after the message that announces them."""
@@ -186,6 +180,23 @@ class Channel:
         if isinstance(message, Failed):
             return RefusedError(f"the {self.peer} gave up: {message.reason}")
         return ProtocolError(f"the {self.peer} sent {type(message).__name__} {when}")
+
+    def send_frame(self, parts: Sequence[Contents]) -> int:
+        """Send a message that the caller has made, and that the protocol allows; how many bytes that were."""
+        with self._io:
+            return self._stream.send(parts)
+
+    def receive_available(self, buffer: memoryview) -> int:
+        """Receive what has arrived, wherever in a message that ends; how many bytes. Does not wait."""
+        try:
+            count = self._stream.receive_available(buffer)
+        except BlockingIOError:
+            return 0
+        except OSError as error:
+            raise self._ended(error) from error
+        if not count:
+            raise self._ended()
+        return count
 
     def receive_into(self, buffers: list[memoryview]) -> None:
         """Fill buffers, straight from the socket."""

@@ -4,15 +4,13 @@ import select
 import threading
 from collections.abc import Callable
 
-import numpy as np
-
-from dirtylog.errors import ProtocolError
 from dirtylog.linux.wakeup import Wakeup
 from dirtylog.migration.absent import AbsentRAM
 from dirtylog.migration.attention import Attention
 from dirtylog.migration.channel import Channel
-from dirtylog.migration.messages import Page, Request, ZeroPages
-from dirtylog.units import PAGE_SIZE
+from dirtylog.migration.messages import Request
+from dirtylog.migration.protocol import Role
+from dirtylog.migration.urgent_channel import UrgentChannel
 
 
 class FaultService:
@@ -34,12 +32,11 @@ class FaultService:
         self._error: Exception | None = None
         self._closing = False
         self._stop = Wakeup()
-        self._buffer = np.empty(PAGE_SIZE, np.uint8)
+        self._pages = UrgentChannel(channel, Role.DESTINATION)
         self._attention = Attention()
         self._attention.add(ram, self._ask)
         self._attention.add(ram.wakeup, self._wake)
-        self._attention.add(channel, self._take_all)
-        channel.read_ahead()
+        self._attention.add(channel, self._take)
         self._thread = threading.Thread(target=self._run, name="faults", daemon=True)
         self._thread.start()
 
@@ -91,23 +88,12 @@ class FaultService:
         self._ask()
 
     def _ask(self) -> None:
-        self._send(self._ram.requests())
+        self._ram.serve(self._request)
 
-    def _send(self, requests: list[Request]) -> None:
-        for request in requests:
-            self._channel.send(request)
-
-    def _take_all(self) -> None:
-        self._take()
-        while self._channel.has_buffered:
-            self._take()
-        self._send(self._ram.held_back())
+    def _request(self, block: int, page: int) -> None:
+        self._pages.send(Request, block, page)
 
     def _take(self) -> None:
-        message = self._channel.receive()
-        if isinstance(message, Page):
-            self._ram.receive_page(self._channel, message, self._buffer)
-        elif isinstance(message, ZeroPages):
-            self._ram.zero_page(message)
-        else:
-            raise ProtocolError(f"the source sent {type(message).__name__} where only pages are expected")
+        for block, page, contents in self._pages.receive():
+            self._ram.answered(block, page, contents)
+        self._ram.ask(self._request)

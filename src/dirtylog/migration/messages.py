@@ -16,12 +16,14 @@ import numpy.typing as npt
 from dirtylog.errors import ProtocolError
 from dirtylog.units import PAGE_SIZE
 
-VERSION: Final = 4
+VERSION: Final = 5
 MAGIC: Final = b"DIRTYLOG"
 PREAMBLE: Final = struct.Struct("<8sI")
 """Each side's first bytes: magic, version. Everything after them belongs to that version."""
 HEAD: Final = struct.Struct("<HHI")
 """A frame's head: type, zero, length of the body."""
+PAGE_FRAME: Final = struct.Struct("<HHIQQ")
+"""The head and body of a message about one page: the number of its block, and its own there."""
 
 MAX_BODY: Final = 16 << 20
 """The longest body of a `State`; machine state takes some KiB per vCPU."""
@@ -49,6 +51,7 @@ MAX_FILES: Final = 253
 Runs = npt.NDArray[np.int64]
 """Page runs, shape (n, 2): first page and count, ascending and disjoint."""
 
+_PAGE_NUMBER: Final = struct.Struct("<QQ")
 _RUN_TABLE: Final = struct.Struct("<II")
 _ENCODING: Final = struct.Struct("<II")
 """What follows the runs of encoded pages: size of the payload, and 1 if it holds differences, else 0."""
@@ -172,22 +175,6 @@ class Join(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     session: Session
 
 
-class Request(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Destination, on the urgent channel: the guest waits for a page."""
-
-    TYPE: ClassVar[int] = 18
-    block: Count
-    page: Count
-
-
-class Page(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Source, on the urgent channel: a page that was requested, whose contents follow the frame."""
-
-    TYPE: ClassVar[int] = 22
-    block: Count
-    page: Count
-
-
 class Resume(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Source: this connection takes the place of one that was lost after the guest was handed over."""
 
@@ -212,6 +199,30 @@ class Shared(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     TYPE: ClassVar[int] = 16
     files: Annotated[int, msgspec.Meta(ge=1, le=MAX_FILES)]
+
+
+class Request(msgspec.Struct, frozen=True):
+    """Destination, on the urgent channel: the guest waits for a page."""
+
+    TYPE: ClassVar[int] = 18
+    block: int
+    page: int
+
+
+class Page(msgspec.Struct, frozen=True):
+    """Source, on the urgent channel: a page that was requested, whose contents follow the frame."""
+
+    TYPE: ClassVar[int] = 22
+    block: int
+    page: int
+
+
+class ZeroPage(msgspec.Struct, frozen=True):
+    """Source, on the urgent channel: a page that was requested, and is all zero."""
+
+    TYPE: ClassVar[int] = 23
+    block: int
+    page: int
 
 
 class _RunTable:
@@ -325,24 +336,29 @@ Packed = (
     | Join
     | Joined
     | Shared
-    | Request
-    | Page
     | Resume
     | Resumed
 )
+OnePage = Request | Page | ZeroPage
 RunTable = Pages | ZeroPages | EncodedPages | Owed | Lacking
-Message = Packed | RunTable
+Message = Packed | OnePage | RunTable
 
 _PACKED: Final = {
     kind.TYPE: kind
     for kind in (
         *(Hello, Welcome, PassEnd, PassDone, Digests, State, Ready, Handover, Taken, Failed, Join, Joined, Shared),
-        *(Request, Page, Resume, Resumed),
+        *(Resume, Resumed),
     )
 }
+_ONE_PAGE: Final[dict[int, type[OnePage]]] = {kind.TYPE: kind for kind in (Request, Page, ZeroPage)}
 _RUN_TABLES: Final = {kind.TYPE: kind for kind in (Pages, ZeroPages, EncodedPages, Owed, Lacking)}
-_GROWING: Final = frozenset({Hello, Digests, Ready, *_RUN_TABLES.values()})
-MESSAGES: Final[dict[int, type[Message]]] = {**_PACKED, **_RUN_TABLES}
+MESSAGES: Final[dict[int, type[Message]]] = {**_PACKED, **_ONE_PAGE, **_RUN_TABLES}
+_LONGEST: Final[dict[type[Message], int]] = {
+    **dict.fromkeys(MESSAGES.values(), MAX_FACTS_BODY),
+    **dict.fromkeys(_ONE_PAGE.values(), _PAGE_NUMBER.size),
+    **dict.fromkeys((Hello, Digests, Ready, *_RUN_TABLES.values()), MAX_SHORT_BODY),
+    State: MAX_BODY,
+}
 
 _encoder: Final = msgspec.msgpack.Encoder()
 _decoders: Final = {kind: msgspec.msgpack.Decoder(kind) for kind in _PACKED.values()}
@@ -364,9 +380,11 @@ def encode_body(message: Message) -> bytes:
         body = _RUN_TABLE.pack(message.block, len(message.runs)) + message.runs.astype(_WIRE_RUNS).tobytes()
         if isinstance(message, EncodedPages):
             body += _ENCODING.pack(message.size, message.difference)
+    elif isinstance(message, OnePage):
+        body = _PAGE_NUMBER.pack(message.block, message.page)
     else:
         body = _encoder.encode(message)
-    longest = _longest_body(type(message))
+    longest = _LONGEST[type(message)]
     if len(body) > longest:
         raise ProtocolError(f"a {type(message).__name__} message of {len(body)} bytes is longer than {longest}")
     if isinstance(message, State):
@@ -384,12 +402,6 @@ def _check_state(state: State) -> None:
         )
 
 
-def _longest_body(kind: type[Message]) -> int:
-    if kind is State:
-        return MAX_BODY
-    return MAX_SHORT_BODY if kind in _GROWING else MAX_FACTS_BODY
-
-
 def decode_head(head: bytes) -> tuple[type[Message], int]:
     """A frame's message type and the length of its body.
 
@@ -400,7 +412,7 @@ def decode_head(head: bytes) -> tuple[type[Message], int]:
     kind = MESSAGES.get(number)
     if kind is None or reserved:
         raise ProtocolError(f"the stream is corrupt: no message has the type {number} and flags {reserved}")
-    if length > _longest_body(kind):
+    if length > _LONGEST[kind]:
         raise ProtocolError(f"the stream is corrupt: a {kind.__name__} message of {length} bytes")
     return kind, length
 
@@ -411,13 +423,10 @@ def decode_body(kind: type[Message], body: bytes) -> Message:
     Raises:
         ProtocolError: it is none.
     """
-    if issubclass(kind, EncodedPages):
-        return _decode_encoded(body)
     if issubclass(kind, RunTable):
-        message = kind(*_decode_runs(body))
-        if isinstance(message, Pages):
-            _check_batch(message)
-        return message
+        return _decode_table(kind, body)
+    if issubclass(kind, OnePage):
+        return _decode_one_page(kind, body)
     try:
         return cast("Packed", _decoders[kind].decode(body))
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
@@ -430,6 +439,21 @@ def shortened(error: Exception) -> str:
     """What is wrong with a body, of which the error may quote all."""
     text = str(error)
     return text if len(text) <= _LONGEST_REASON else f"{text[:_LONGEST_REASON]}..."
+
+
+def _decode_one_page(kind: type[OnePage], body: bytes) -> OnePage:
+    if len(body) != _PAGE_NUMBER.size:
+        raise ProtocolError(f"the stream is corrupt: the number of a page in {len(body)} bytes")
+    return kind(*_PAGE_NUMBER.unpack(body))
+
+
+def _decode_table(kind: type[RunTable], body: bytes) -> RunTable:
+    if issubclass(kind, EncodedPages):
+        return _decode_encoded(body)
+    message = kind(*_decode_runs(body))
+    if isinstance(message, Pages):
+        _check_batch(message)
+    return message
 
 
 def _decode_encoded(body: bytes) -> EncodedPages:

@@ -8,7 +8,7 @@ import numpy as np
 from dirtylog.errors import ProtocolError
 from dirtylog.memory import Numbers, PageBitmap, RAMBlock
 from dirtylog.migration.batch import Batch, batch_of, zero_batch
-from dirtylog.migration.messages import MAX_RUNS, Lacking, Owed, Request, Runs
+from dirtylog.migration.messages import MAX_RUNS, Lacking, Owed, Runs
 from dirtylog.units import PAGE_SIZE
 
 _BATCH_PAGES: Final = 256
@@ -115,21 +115,25 @@ class OwedPages:
             for runs in in_messages(block.owed.runs()):
                 yield Owed(block.index, runs)
 
-    def answer(self, request: Request) -> tuple[RAMBlock, bool, bool]:
-        """The block of a page that is asked for, and whether it was owed still and is a hole; it is owed no more.
+    def contents(self, block: int, page: int) -> memoryview | None:
+        """Those of a page that is asked for; None if it is a hole.
 
         Raises:
             ProtocolError: there is no such page.
         """
-        page = request.page
-        if request.block >= len(self._blocks) or page >= self._blocks[request.block].block.pages:
-            raise ProtocolError(f"the destination asks for page {page} of block {request.block}")
-        each = self._blocks[request.block]
-        self._block, self._next = request.block, page + 1
-        was_owed = each.owed.test(page)
+        if block >= len(self._blocks) or page >= self._blocks[block].block.pages:
+            raise ProtocolError(f"the destination asks for page {page} of block {block}")
+        each = self._blocks[block]
+        return None if each.is_hole(page) else each.block.memory[page * PAGE_SIZE : (page + 1) * PAGE_SIZE]
+
+    def answered(self, block: int, page: int) -> bool:
+        """Whether a page was owed still that has been sent because it was asked for; it is owed no more."""
+        owed = self._blocks[block].owed
+        self._block, self._next = block, page + 1
+        was_owed = owed.test(page)
         if was_owed:
-            each.owed.clear_one(page)
-        return each.block, was_owed, each.is_hole(page)
+            owed.clear_one(page)
+        return was_owed
 
     def take(self) -> Batch | None:
         """Some of the others; None if nothing is left."""

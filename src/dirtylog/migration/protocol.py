@@ -34,7 +34,7 @@ sender of half of the messages. A message that the table does not allow is an er
     SIDE         PassEnd    → SIDE_ENDED
     SIDE_ENDED   PassDone   → SIDE
     SIDE         Request                     destination's guest waits for a page
-    SIDE         Page                        there it is
+    SIDE         Page, ZeroPage              there it is
     any of them  Failed     → FAILED         nobody goes on
 """
 
@@ -69,6 +69,7 @@ from dirtylog.migration.messages import (
     State,
     Taken,
     Welcome,
+    ZeroPage,
     ZeroPages,
     decode_body,
     decode_head,
@@ -146,7 +147,7 @@ TRANSITIONS: Final[dict[tuple[Stage, type[Message]], Stage]] = {
     (Stage.SIDE, PassEnd): Stage.SIDE_ENDED,
     (Stage.SIDE_ENDED, PassDone): Stage.SIDE,
     (Stage.SIDE, Request): Stage.SIDE,
-    (Stage.SIDE, Page): Stage.SIDE,
+    **{(Stage.SIDE, kind): Stage.SIDE for kind in (Page, ZeroPage)},
     **{(stage, Failed): Stage.FAILED for stage in Stage if stage not in _OVER},
 }
 
@@ -154,7 +155,7 @@ _SOURCE: Final = frozenset({Role.SOURCE})
 _DESTINATION: Final = frozenset({Role.DESTINATION})
 SENDERS: Final[dict[type[Message], frozenset[Role]]] = {
     **dict.fromkeys((Hello, *_MEMORY, PassEnd, Shared, Digests, State, Handover, Join), _SOURCE),
-    **dict.fromkeys((Owed, Page, Resume), _SOURCE),
+    **dict.fromkeys((Owed, Page, ZeroPage, Resume), _SOURCE),
     **dict.fromkeys((Welcome, PassDone, Ready, Taken, Joined, Request, Lacking, Resumed), _DESTINATION),
     Failed: frozenset(Role),
 }

@@ -15,8 +15,6 @@ from dirtylog.units import KIB
 _IOV_MAX: Final = 1024
 _FILE_SIZE: Final = 64 * KIB
 """Shorter parts of files are sent faster as memory, many in one call."""
-_AHEAD: Final = 8 * KIB
-"""A page and what announces it, with room to spare."""
 _UNLIMITED: Final = 1 << 62
 _SHORT: Final = 32 * KIB
 """Some microseconds, beside which what a call costs is little."""
@@ -54,10 +52,12 @@ class Stream(Protocol):
     def receive(self, size: int) -> bytes:
         """That many bytes; none if the peer ended before. See `receive_into`."""
 
-    def read_ahead(self) -> None:
-        """From here on receive more than is asked for where it has arrived: fewer system calls for short messages.
+    def receive_available(self, buffer: memoryview) -> int:
+        """Receive what is there, and does not wait: how many bytes; 0 if the peer ended.
 
-        Descriptors cannot be received beside bytes any more.
+        Raises:
+            BlockingIOError: nothing is there.
+            OSError: the connection ended otherwise.
         """
 
     def attend(self, attention: Attention | None) -> None:
@@ -116,19 +116,12 @@ class PlainStream(SocketStream):
 
     def __init__(self, sock: socket.socket) -> None:
         super().__init__(sock)
-        self._ahead = memoryview(b"")
-        """Where to receive into first, if anywhere; what is there from ``_begin`` to ``_end`` was not asked for yet."""
-        self._begin = self._end = 0
         self.passes_files = sock.family == socket.AF_UNIX
 
     @property
     def has_buffered(self) -> bool:
         """See `Stream`."""
-        return self._begin < self._end
-
-    def read_ahead(self) -> None:
-        """See `Stream`."""
-        self._ahead = memoryview(bytearray(_AHEAD))
+        return False
 
     def send(self, parts: Sequence[Contents]) -> int:
         """See `Stream`."""
@@ -158,8 +151,6 @@ class PlainStream(SocketStream):
 
     def receive_into(self, buffers: list[memoryview]) -> bool:
         """See `Stream`."""
-        if self._ahead:
-            return all(self._receive_ahead(buffer) for buffer in buffers)
         flags = 0 if self._attention else socket.MSG_WAITALL
         while buffers:
             received, *_ = self._socket.recvmsg_into(self._next(buffers, select.POLLIN), 0, flags)
@@ -168,25 +159,9 @@ class PlainStream(SocketStream):
             _advance(buffers, received)
         return True
 
-    def receive(self, size: int) -> bytes:
+    def receive_available(self, buffer: memoryview) -> int:
         """See `Stream`."""
-        if self._begin + size <= self._end:
-            self._begin += size
-            return self._ahead[self._begin - size : self._begin].tobytes()
-        return super().receive(size)
-
-    def _receive_ahead(self, buffer: memoryview) -> bool:
-        while buffer:
-            if not self.has_buffered:
-                self._await(select.POLLIN)
-                self._begin, self._end = 0, self._socket.recv_into(self._ahead)
-                if not self._end:
-                    return False
-            size = min(len(buffer), self._end - self._begin)
-            buffer[:size] = self._ahead[self._begin : self._begin + size]
-            self._begin += size
-            buffer = buffer[size:]
-        return True
+        return self._socket.recv_into(buffer, 0, socket.MSG_DONTWAIT)
 
     def _next(self, buffers: list[memoryview], event: int) -> list[memoryview]:
         """What the next call is to move, as soon as it can."""

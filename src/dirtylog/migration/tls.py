@@ -203,8 +203,18 @@ class TLSStream(SocketStream):
             self._ahead = bytes(byte)
         return count is not None
 
-    def read_ahead(self) -> None:
-        """Records are received ahead anyway."""
+    def receive_available(self, buffer: memoryview) -> int:
+        """See `Stream`. What arrived may be a record in part only, of which nothing is there yet.
+
+        Raises:
+            ProtocolError: what came was not made by the peer.
+        """
+        count = self._decrypt_into(buffer)
+        if count is None:
+            count = self._decrypt_into(buffer) if self._receive(socket.MSG_DONTWAIT) else 0
+        if count is None:
+            raise BlockingIOError
+        return count
 
     def has_arrived(self) -> bool:
         """See `Stream`."""

@@ -1,17 +1,15 @@
 """Pages that the guest waits for on the destination, from the source's side."""
 
-import numpy as np
-
-from dirtylog.errors import DirtylogError, ProtocolError
+from dirtylog.errors import DirtylogError
 from dirtylog.migration.attention import Attention
 from dirtylog.migration.batch import Batch
 from dirtylog.migration.channel import Channel
-from dirtylog.migration.messages import Page, Request, ZeroPages
+from dirtylog.migration.messages import Page, ZeroPage
 from dirtylog.migration.owed import OwedPages
-from dirtylog.migration.protocol import Stage
+from dirtylog.migration.protocol import Role, Stage
 from dirtylog.migration.sender import Sent
 from dirtylog.migration.statistics import Statistics
-from dirtylog.units import PAGE_SIZE
+from dirtylog.migration.urgent_channel import UrgentChannel
 
 
 class Tally:
@@ -67,13 +65,13 @@ class UrgentAnswers:
 
     def __init__(self, channel: Channel, owed: OwedPages, tally: Tally, main: Channel) -> None:
         self._channel = channel
+        self._pages = UrgentChannel(channel, Role.SOURCE)
         self._owed = owed
         self._tally = tally
         self._main = main
         self._error: DirtylogError | None = None
         self._attention = Attention()
         self._attention.add(channel, self._serve)
-        channel.read_ahead()
         main.attend(self._attention)
         if channel.has_buffered:  # it came together with what the channel was taken in with
             self._serve()
@@ -95,23 +93,15 @@ class UrgentAnswers:
 
     def _serve(self) -> None:
         try:
-            self._answer()
-            while self._channel.has_buffered:
-                self._answer()
+            for block, page, _ in self._pages.receive():
+                self._answer(block, page)
         except DirtylogError as error:
             self._error = error
             self._attention.remove(self._channel)
             if self._main.stage is not Stage.SERVED:
                 self._main.cut()
 
-    def _answer(self) -> None:
-        request = self._channel.receive()
-        if not isinstance(request, Request):
-            raise ProtocolError(f"the destination sent {type(request).__name__} where only requests are expected")
-        page, start = request.page, request.page * PAGE_SIZE
-        block, was_owed, zero = self._owed.answer(request)
-        if zero:
-            size = self._channel.send(ZeroPages(request.block, np.array([[page, 1]])))
-        else:
-            size = self._channel.send(Page(request.block, page), [block.memory[start : start + PAGE_SIZE]])
-        self._tally.answered(size, zero=zero, was_owed=was_owed)
+    def _answer(self, block: int, page: int) -> None:
+        contents = self._owed.contents(block, page)
+        size = self._pages.send(ZeroPage if contents is None else Page, block, page, contents)
+        self._tally.answered(size, zero=contents is None, was_owed=self._owed.answered(block, page))
