@@ -61,6 +61,7 @@ class Destination:
         self._buffer = BufferMapping(memoryview(mmap.mmap(-1, MAX_BATCH_PAGES * PAGE_SIZE)))
         self._page = BufferMapping(memoryview(mmap.mmap(-1, PAGE_SIZE)))
         self.asked: set[Request] = set()
+        self.served = 0
 
     def owe(self, block: int, *runs: tuple[int, int]) -> None:
         self.ram.owe(Owed(block, _runs(*runs)))
@@ -72,7 +73,7 @@ class Destination:
         self.ends.source.send(message, [contents.data])
         received = self.ends.destination.expect(Pages)
         try:
-            self.ram.receive(self.ends.destination, received, self._buffer)
+            self.ram.receive(self.ends.destination, received, self._buffer, self._serve)
         except ProtocolError:  # found out before anything is received
             self.ends.destination.receive_into([self._buffer.memory[: received.payload_size]])
             raise
@@ -87,6 +88,9 @@ class Destination:
 
     def answer_zero(self, block: int, page: int) -> None:
         self.ram.answered(block, page, 0)
+
+    def _serve(self) -> None:
+        self.served += 1
 
     def requests(self) -> list[Request]:
         """What is asked for now."""
@@ -300,6 +304,20 @@ def test_answer_that_was_not_asked_for_is_refused_and_changes_nothing(  # M5
     assert there.ram.pages == 2
     assert there.is_hole(0, 4)
     assert _byte(there.blocks[0], 5) == _byte(there.blocks[1], 3) == _STALE
+
+
+def test_others_are_served_between_few_pages_and_fewer_while_somebody_waits(there: Destination) -> None:
+    there.owe(0, (0, 40))
+    there.ram.begin()
+    there.send(0, (0, 16))
+    assert there.served == 4
+    touch = there.ask(0, 30)
+    there.send(0, (16, 8))
+    assert there.served == 4 + 4
+    there.answer(0, 30)
+    assert touch.result() == bytes([30])
+    there.send(0, (32, 8))
+    assert there.served == 8 + 2
 
 
 @pytest.mark.parametrize("zero", [False, True])

@@ -85,3 +85,12 @@ def test_others_are_served_until_something_is_so(waiting: Waiting) -> None:
     waiting.flag.set()
     assert waiting.attention.until(lambda: waiting.served == 1, BOUND)
     assert not waiting.attention.until(lambda: waiting.served == 2, 0.01)
+
+
+def test_others_are_served_at_once_where_there_is_something_to_do(waiting: Waiting) -> None:
+    waiting.attention.serve()
+    assert waiting.served == 0
+    waiting.flag.set()
+    waiting.attention.serve()
+    waiting.attention.serve()
+    assert waiting.served == 1

@@ -28,6 +28,10 @@ from dirtylog.migration.owed import in_messages
 from dirtylog.migration.ram import checked_block
 from dirtylog.units import PAGE_SIZE, WORD_BITS
 
+_AT_ONCE: Final = 4 * PAGE_SIZE
+"""Bytes that are put in place before it is looked who waits: that takes some microseconds a page."""
+_AT_ONCE_WAITING: Final = 2 * PAGE_SIZE
+"""The same while an answer is on its way."""
 _ZERO_AT_ONCE: Final = 512
 """Pages of a hole that are made zero when one of them is touched, at most."""
 _PATIENCE: Final = 30.0
@@ -199,13 +203,14 @@ class AbsentRAM:
             for some in in_messages(runs):
                 yield Lacking(index, some)
 
-    def receive(self, channel: Channel, message: Pages, buffer: BufferMapping) -> None:
-        """Receive what follows a message, a piece at a time, and put that in place; single pages while somebody waits.
+    def receive(self, channel: Channel, message: Pages, buffer: BufferMapping, serve: Callable[[], None]) -> None:
+        """Receive what follows a message, as much as fits into a buffer at a time, and put that in place.
 
         Args:
             channel: where the message came from.
             message: about pages that are owed.
             buffer: to receive into.
+            serve: called before every few pages that are put in place.
 
         Raises:
             ProtocolError: the message names memory that is not there, or is not owed.
@@ -214,12 +219,11 @@ class AbsentRAM:
         each = self._blocks[message.block]
         with self._lock:
             each.check(message.runs)
-        most = buffer.size // PAGE_SIZE
-        for runs in _in_pieces(message.runs, lambda: 1 if self._is_waiting() else most):
+        for runs in _in_pieces(message.runs, buffer.size // PAGE_SIZE):
             channel.receive_into([buffer.memory[: sum(count for _, count in runs) * PAGE_SIZE]])
             contents = buffer.address
             for first, count in runs:
-                self._place(each.address + first * PAGE_SIZE, contents, count * PAGE_SIZE)
+                self._place(each.address + first * PAGE_SIZE, contents, count * PAGE_SIZE, serve)
                 contents += count * PAGE_SIZE
         for page in self._settle(each, message.runs):  # what the urgent channel has brought was counted there
             self._blocktime.end(each.index, page)
@@ -230,13 +234,14 @@ class AbsentRAM:
             self._count_down(count, someone_waits=bool(waited_for))
         return waited_for
 
-    def _is_waiting(self) -> bool:
-        return any(each.asked for each in self._blocks)
-
-    def _place(self, address: int, contents: int, size: int) -> None:
-        done = 0
-        while done < size:  # a page that is there already came on the urgent channel
-            done += self._faults.copy(address + done, contents + done, size - done) + PAGE_SIZE
+    def _place(self, address: int, contents: int, size: int, serve: Callable[[], None]) -> None:
+        while size:
+            serve()
+            most = _AT_ONCE_WAITING if self._unanswered else _AT_ONCE
+            done = self._faults.copy(address, contents, min(size, most))
+            if done < min(size, most):  # a page that is there already came on the urgent channel
+                done += PAGE_SIZE
+            address, contents, size = address + done, contents + done, size - done
 
     def answered(self, block: int, page: int, contents: int) -> None:
         """Put a page in place that was asked for.
@@ -340,10 +345,10 @@ class AbsentRAM:
         return end
 
 
-def _in_pieces(runs: Runs, most: Callable[[], int]) -> Iterator[list[tuple[int, int]]]:
+def _in_pieces(runs: Runs, most: int) -> Iterator[list[tuple[int, int]]]:
     """Runs, at most so many pages at a time."""
     piece: list[tuple[int, int]] = []
-    left = most()
+    left = most
     for first, count in runs.tolist():
         end = first + count
         while first < end:
@@ -352,6 +357,6 @@ def _in_pieces(runs: Runs, most: Callable[[], int]) -> Iterator[list[tuple[int, 
             first, left = first + taken, left - taken
             if not left:
                 yield piece
-                piece, left = [], most()
+                piece, left = [], most
     if piece:
         yield piece

@@ -36,8 +36,8 @@ from dirtylog.migration.reception import Reception
 from dirtylog.migration.statistics import Status
 from dirtylog.units import KIB
 
-_BUFFER_SIZE: Final = 32 * KIB
-"""So little that it is in a CPU's cache when it is put in place, and that who waits does not wait for long."""
+_BUFFER_SIZE: Final = 64 * KIB
+"""So little that it is in a CPU's cache when it is put in place."""
 _COMPLETE_TIMEOUT: Final = 10.0
 """Seconds that what was sent on the urgent channel may be later than the end of the other."""
 _STOP_TIMEOUT: Final = 0.5
@@ -208,7 +208,7 @@ class Arrival:
         buffer = BufferMapping(memoryview(mmap.mmap(-1, _BUFFER_SIZE)))
         while not isinstance(message := main.receive(), PassEnd):
             if isinstance(message, Pages):
-                self._ram.receive(main, message, buffer)
+                self._ram.receive(main, message, buffer, attention.serve)
             elif isinstance(message, ZeroPages):
                 self._ram.zero(message)
             else:

@@ -5,6 +5,8 @@ import time
 from collections.abc import Callable
 from typing import Final, Protocol
 
+_NO_FILE: Final = (-1, 0)
+
 
 class File(Protocol):
     """Something with a descriptor."""
@@ -52,9 +54,14 @@ class Attention:
             if not ready:
                 raise BlockingIOError
 
+    def serve(self) -> None:
+        """Do what there is to do now."""
+        poll = self._polls.get(_NO_FILE) or self._new_poll(*_NO_FILE)
+        self._handle([fd for fd, _ in poll.poll(0)])
+
     def until(self, done: Callable[[], bool], timeout: float) -> bool:
         """Do what there is to do, until something is so or some seconds are over; whether it is."""
-        poll = self._polls.get((-1, 0)) or self._new_poll(-1, 0)
+        poll = self._polls.get(_NO_FILE) or self._new_poll(*_NO_FILE)
         deadline = time.monotonic() + timeout
         while not done():
             if not self._serve(poll, deadline):
@@ -72,8 +79,11 @@ class Attention:
     def _serve(self, poll: select.poll, deadline: float | None) -> list[int]:
         """Wait once; what was ready."""
         timeout = None if deadline is None else max(0.0, deadline - time.monotonic()) * 1000
-        ready = [fd for fd, _ in poll.poll(timeout)]
-        for fd in ready:
+        fds = [fd for fd, _ in poll.poll(timeout)]
+        self._handle(fds)
+        return fds
+
+    def _handle(self, fds: list[int]) -> None:
+        for fd in fds:
             if handler := self._handlers.get(fd):
                 handler()
-        return ready
