@@ -1,12 +1,15 @@
 import select
 import socket
 from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 from support.waiting import BOUND, Task, wait_until
 
 from dirtylog.linux.wakeup import Wakeup
-from dirtylog.migration.attention import Attention
+from dirtylog.migration import attention as attention_module
+from dirtylog.migration.attention import Attention, BusyPolling
 
 
 class Waiting:
@@ -94,3 +97,99 @@ def test_others_are_served_at_once_where_there_is_something_to_do(waiting: Waiti
     waiting.attention.serve()
     waiting.attention.serve()
     assert waiting.served == 1
+
+
+class Looks:
+    """A clock, and a poll that takes a microsecond of it and finds something at the given times."""
+
+    def __init__(self, *found: float) -> None:
+        self.now = 100.0
+        self.count = 0
+        self._found = [100.0 + each for each in found]
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def poll(self, timeout: float) -> list[tuple[int, int]]:
+        assert timeout == 0
+        self.count += 1
+        self.now += 1e-6
+        if self._found and self.now >= self._found[0]:
+            del self._found[0]
+            return [(7, select.POLLIN)]
+        return []
+
+
+def _busy(looks: Looks, monkeypatch: pytest.MonkeyPatch) -> tuple[BusyPolling, select.poll]:
+    monkeypatch.setattr(attention_module, "time", SimpleNamespace(monotonic=looks.monotonic))
+    return BusyPolling(), cast(select.poll, looks)
+
+
+class TestBusyPolling:
+    def test_who_had_nothing_to_do_sleeps(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        looks = Looks()
+        busy, poll = _busy(looks, monkeypatch)
+        assert busy.poll(poll) == []
+        assert looks.count == 0
+
+    def test_it_looks_for_a_while_after_something_came(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        looks = Looks()
+        busy, poll = _busy(looks, monkeypatch)
+        busy.extend()
+        assert busy.poll(poll) == []
+        assert looks.count == pytest.approx(200, abs=2)
+        assert busy.poll(poll) == []
+        assert looks.count == pytest.approx(200, abs=2)
+
+    def test_it_ends_with_what_it_finds(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        looks = Looks(50e-6)
+        busy, poll = _busy(looks, monkeypatch)
+        busy.extend()
+        assert busy.poll(poll) == [(7, select.POLLIN)]
+        assert looks.count == pytest.approx(50, abs=2)
+
+    def test_it_takes_a_quarter_of_the_time_at_most(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        looks = Looks(*(number * 100e-6 for number in range(1, 100_000)))
+        busy, poll = _busy(looks, monkeypatch)
+        slept = 0.0
+        while looks.now < 105.0:
+            busy.extend()
+            if not busy.poll(poll):
+                slept += 100e-6
+                looks.now += 100e-6
+        assert slept / 5 == pytest.approx(0.75, abs=0.02)
+
+    def test_it_rests_for_some_milliseconds(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        looks = Looks(*(number * 100e-6 for number in range(1, 100_000)))
+        busy, poll = _busy(looks, monkeypatch)
+        rests: list[float] = []
+        since: float | None = None
+        while looks.now < 101.0:
+            busy.extend()
+            if busy.poll(poll):
+                if since is not None:
+                    rests.append(looks.now - since)
+                since = None
+            else:
+                since = since or looks.now
+                looks.now += 100e-6
+        assert len(rests) > 10
+        assert min(rests) > 0.015
+
+    def test_who_serves_others_looks_before_it_sleeps(self, waiting: Waiting, monkeypatch: pytest.MonkeyPatch) -> None:
+        busy = BusyPolling()
+        said: list[str] = []
+
+        def look(poll: select.poll) -> list[tuple[int, int]]:
+            said.append("looked")
+            return poll.poll(0)
+
+        monkeypatch.setattr(busy, "poll", look)
+        monkeypatch.setattr(busy, "extend", lambda: said.append("extended"))
+        attention = Attention(busy)
+        attention.add(waiting.flag, waiting.flag.clear)
+        attention.wait(waiting.near, select.POLLOUT, BOUND)
+        assert said == ["looked"]
+        waiting.flag.set()
+        attention.wait(waiting.near, select.POLLOUT, BOUND)
+        assert said == ["looked", "looked", "extended"]

@@ -1,7 +1,7 @@
 """Pages that the guest waits for on the destination, from the source's side."""
 
 from dirtylog.errors import DirtylogError
-from dirtylog.migration.attention import Attention
+from dirtylog.migration.attention import Attention, BusyPolling
 from dirtylog.migration.batch import Batch
 from dirtylog.migration.channel import Channel
 from dirtylog.migration.messages import Page, ZeroPage
@@ -70,7 +70,7 @@ class UrgentAnswers:
         self._tally = tally
         self._main = main
         self._error: DirtylogError | None = None
-        self._attention = Attention()
+        self._attention = Attention(BusyPolling())
         self._attention.add(channel, self._serve)
         main.attend(self._attention)
         if channel.has_buffered:  # it came together with what the channel was taken in with
