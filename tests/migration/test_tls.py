@@ -231,6 +231,18 @@ class TestQuiet:
         assert near.receive_into([memoryview(received)])
         assert received == b"later"
 
+    def test_records_that_came_together_are_received_in_a_step_each(self, streams: Streams) -> None:
+        near, far, _, other = streams
+        said = [bytes([number]) * 100 for number in range(1, 6)]
+        data = b"".join(far._encrypted(memoryview(each)) for each in said)
+        other.sendall(data)
+        wait_until(lambda: len(near._socket.recv(len(data), socket.MSG_PEEK)) == len(data), "all came")
+        buffer = memoryview(bytearray(1000))
+        found: list[bytes] = []
+        while not found or near.has_buffered:
+            found.append(bytes(buffer[: near.receive_available(buffer)]))
+        assert found == said
+
     def test_what_is_there_is_received_without_waiting_for_more(self, streams: Streams) -> None:
         near, far, _, other = streams
         received = memoryview(bytearray(8))

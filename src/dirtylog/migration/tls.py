@@ -209,7 +209,11 @@ class TLSStream(SocketStream):
         Raises:
             ProtocolError: what came was not made by the peer.
         """
-        count = self._decrypt_into(buffer)
+        ahead = len(self._ahead)
+        buffer[:ahead], self._ahead = self._ahead, b""
+        count = self._decrypt_into(buffer[ahead:])
+        if ahead:  # more than one record came, and `has_buffered` looked
+            return ahead + (count or 0)
         if count is None:
             count = self._decrypt_into(buffer) if self._receive(socket.MSG_DONTWAIT) else 0
         if count is None:
