@@ -90,6 +90,12 @@ def test_others_are_served_until_something_is_so(waiting: Waiting) -> None:
     assert not waiting.attention.until(lambda: waiting.served == 2, 0.01)
 
 
+def test_time_is_up_though_there_is_always_something_to_do(waiting: Waiting) -> None:
+    waiting.attention.add(waiting.far, lambda: None)
+    waiting.near.send(b"x")
+    assert not waiting.attention.until(lambda: False, 0.01)
+
+
 def test_others_are_served_at_once_where_there_is_something_to_do(waiting: Waiting) -> None:
     waiting.attention.serve()
     assert waiting.served == 0
@@ -129,23 +135,32 @@ class TestBusyPolling:
     def test_who_had_nothing_to_do_sleeps(self, monkeypatch: pytest.MonkeyPatch) -> None:
         looks = Looks()
         busy, poll = _busy(looks, monkeypatch)
-        assert busy.poll(poll) == []
+        assert busy.poll(poll, None) == []
         assert looks.count == 0
 
     def test_it_looks_for_a_while_after_something_came(self, monkeypatch: pytest.MonkeyPatch) -> None:
         looks = Looks()
         busy, poll = _busy(looks, monkeypatch)
         busy.extend()
-        assert busy.poll(poll) == []
+        assert busy.poll(poll, None) == []
         assert looks.count == pytest.approx(200, abs=2)
-        assert busy.poll(poll) == []
+        assert busy.poll(poll, None) == []
         assert looks.count == pytest.approx(200, abs=2)
 
     def test_it_ends_with_what_it_finds(self, monkeypatch: pytest.MonkeyPatch) -> None:
         looks = Looks(50e-6)
         busy, poll = _busy(looks, monkeypatch)
         busy.extend()
-        assert busy.poll(poll) == [(7, select.POLLIN)]
+        assert busy.poll(poll, None) == [(7, select.POLLIN)]
+        assert looks.count == pytest.approx(50, abs=2)
+
+    def test_it_keeps_to_the_deadline(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        looks = Looks()
+        busy, poll = _busy(looks, monkeypatch)
+        busy.extend()
+        assert busy.poll(poll, looks.now) == []
+        assert looks.count == 0
+        assert busy.poll(poll, looks.now + 50e-6) == []
         assert looks.count == pytest.approx(50, abs=2)
 
     def test_it_takes_a_quarter_of_the_time_at_most(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -154,7 +169,7 @@ class TestBusyPolling:
         slept = 0.0
         while looks.now < 105.0:
             busy.extend()
-            if not busy.poll(poll):
+            if not busy.poll(poll, None):
                 slept += 100e-6
                 looks.now += 100e-6
         assert slept / 5 == pytest.approx(0.75, abs=0.02)
@@ -166,7 +181,7 @@ class TestBusyPolling:
         since: float | None = None
         while looks.now < 101.0:
             busy.extend()
-            if busy.poll(poll):
+            if busy.poll(poll, None):
                 if since is not None:
                     rests.append(looks.now - since)
                 since = None
@@ -180,7 +195,8 @@ class TestBusyPolling:
         busy = BusyPolling()
         said: list[str] = []
 
-        def look(poll: select.poll) -> list[tuple[int, int]]:
+        def look(poll: select.poll, deadline: float | None) -> list[tuple[int, int]]:
+            assert deadline is not None
             said.append("looked")
             return poll.poll(0)
 

@@ -1,3 +1,4 @@
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -6,10 +7,11 @@ import pytest
 import trustme
 from support.connected import Ends, connected
 from support.tls import encrypted_channels, issue
-from support.waiting import Task, wait_until
+from support.waiting import BOUND, Task, wait_until
 
 from dirtylog.errors import DirtylogError, DisconnectedError, ProtocolError
 from dirtylog.memory import Memory
+from dirtylog.migration.attention import BusyPolling
 from dirtylog.migration.messages import Failed, Join, Joined, Page, PassDone, PassEnd, Request, ZeroPage
 from dirtylog.migration.owed import OwedPages
 from dirtylog.migration.pacer import Pacer
@@ -71,6 +73,15 @@ def test_page_with_contents_is_sent(answering: Answering) -> None:
 def test_page_that_is_a_hole_is_said_to_be_zero(answering: Answering) -> None:
     answering.ask(5)
     assert answering.urgent.destination.expect(ZeroPage) == ZeroPage(0, 5)
+
+
+def test_source_looks_for_the_next_request_before_it_sleeps(
+    answering: Answering, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    extended = threading.Event()
+    monkeypatch.setattr(BusyPolling, "extend", lambda _: extended.set())
+    answering.ask(_DATA)
+    assert extended.wait(BOUND)
 
 
 def test_page_that_is_on_its_way_is_sent_again(answering: Answering) -> None:
