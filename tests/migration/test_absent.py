@@ -62,6 +62,7 @@ class Destination:
         self._page = BufferMapping(memoryview(mmap.mmap(-1, PAGE_SIZE)))
         self.asked: set[Request] = set()
         self.served = 0
+        self.when_served: Callable[[int], None] = lambda _: None
 
     def owe(self, block: int, *runs: tuple[int, int]) -> None:
         self.ram.owe(Owed(block, _runs(*runs)))
@@ -91,6 +92,7 @@ class Destination:
 
     def _serve(self) -> None:
         self.served += 1
+        self.when_served(self.served)
 
     def requests(self) -> list[Request]:
         """What is asked for now."""
@@ -318,6 +320,71 @@ def test_others_are_served_between_few_pages_and_fewer_while_somebody_waits(ther
     assert touch.result() == bytes([30])
     there.send(0, (32, 8))
     assert there.served == 8 + 2
+
+
+@pytest.mark.parametrize("zero", [False, True])
+@pytest.mark.parametrize("when", range(1, 9))
+@pytest.mark.parametrize("page", [0, 1, 7, 15])
+def test_answer_may_come_while_a_message_is_put_in_place(  # M4, M9
+    there: Destination, page: int, when: int, zero: bool
+) -> None:
+    there.owe(0, (0, 16))
+    there.owe(1, (0, 1))
+    there.ram.begin()
+    touch = there.ask(0, page)
+
+    def answer(served: int) -> None:
+        if served == when:
+            (there.answer_zero if zero else there.answer)(0, page)
+
+    there.when_served = answer
+    there.send(0, (0, 16))
+    assert there.served == when - 1 or there.served >= when
+    if there.served < when:
+        answer(when)
+    assert there.ram.pages == 1
+    placed_before = when > page // 2 + 1
+    assert touch.result() == (b"\0" if zero and not placed_before else bytes([page]))
+    others = [number for number in range(16) if number != page]
+    assert [_byte(there.blocks[0], number) for number in others] == others
+    assert there.blocktime.requests == len(there.blocktime.latencies) == 1
+    with pytest.raises(ProtocolError, match="was not asked for"):
+        there.answer(0, page)
+
+
+def test_what_is_in_place_when_the_connection_is_lost_is_not_lacking(there: Destination) -> None:  # M8
+    def lose(served: int) -> None:
+        if served == 3:
+            raise DisconnectedError("no connection")
+
+    there.owe(0, (0, 20))
+    there.ram.begin()
+    touch = there.ask(0, 3)
+    there.when_served = lose
+    with pytest.raises(DisconnectedError):
+        there.send(0, (0, 4), (6, 8))
+    assert touch.result() == b"\3"
+    assert list(there.ram.lacking()) == [Lacking(0, _runs((4, 16)))]
+    there.ram.ask_again()
+    assert there.requests() == []
+    assert len(there.blocktime.latencies) == 1
+
+
+def test_answer_to_what_was_not_asked_for_yet_is_refused(
+    there: Destination, monkeypatch: pytest.MonkeyPatch
+) -> None:  # M5
+    monkeypatch.setattr(absent_module, "_MOST_UNANSWERED", 1)
+    there.owe(0, (3, 2))
+    there.ram.begin()
+    there.ask(0, 3)
+    touch = there.touch(0, 4)
+    wait_until(lambda: there.requests() or there.blocktime.requests == 2, "both wait")
+    with pytest.raises(ProtocolError, match="page 4 of block 0, which it was not asked for"):
+        there.answer(0, 4)
+    there.answer(0, 3)
+    assert there.wait_for_requests() == [Request(0, 4)]
+    there.answer(0, 4)
+    assert touch.result() == b"\4"
 
 
 @pytest.mark.parametrize("zero", [False, True])

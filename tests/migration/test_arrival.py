@@ -2,7 +2,7 @@ import os
 import select
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 from unittest.mock import Mock
@@ -22,6 +22,7 @@ from dirtylog.linux.missing import MissingFaults
 from dirtylog.machine import RunState
 from dirtylog.migration import Listener, Status, connect, parse_address
 from dirtylog.migration import arrival as arrival_module
+from dirtylog.migration.absent import AbsentRAM
 from dirtylog.migration.arrival import Arrival, check_machine
 from dirtylog.migration.channel import Channel
 from dirtylog.migration.messages import (
@@ -213,6 +214,32 @@ def test_pages_come_on_both_channels_until_all_are_there(arriving: Arriving) -> 
     assert arriving.contents() == [1, 0, 0, 4]
     assert arriving.statuses == [Status.POSTCOPY_ACTIVE]
     assert arriving.arrival.lost is None
+
+
+def test_page_is_asked_for_while_others_are_put_in_place(
+    arriving: Arriving, monkeypatch: pytest.MonkeyPatch
+) -> None:  # D1
+    place = AbsentRAM._place
+    touches: list[Touch] = []
+
+    def slowly(ram: AbsentRAM, address: int, contents: int, size: int, serve: Callable[[], None]) -> None:
+        def is_requested() -> bool:
+            serve()
+            return (0, 13) in ram._requested
+
+        if not touches:
+            touches.append(arriving.touch(13))
+            wait_until(is_requested, "the page was asked for")
+        place(ram, address, contents, size, serve)
+
+    monkeypatch.setattr(AbsentRAM, "_place", slowly)
+    task = arriving.run()
+    arriving.main.send(Pages(0, _table(10, 3)), [memoryview(_filled(1, 2, 3))])
+    assert arriving.urgent.expect(Request) == Request(0, 13)
+    arriving.answer(13, 4)
+    assert touches[0].result() == b"\4"
+    arriving.finish(task)
+    assert arriving.contents() == [1, 2, 3, 4]
 
 
 def test_late_copy_of_a_page_that_was_asked_for_changes_nothing(arriving: Arriving) -> None:  # M9

@@ -16,6 +16,7 @@ from dirtylog.migration.messages import (
     Message,
     OnePage,
     Page,
+    PassEnd,
     Request,
     ZeroPage,
     encode,
@@ -147,6 +148,13 @@ def test_other_messages_are_refused(ends: Ends, role: Role, message: Message, re
 def test_malformed_frame_is_refused(ends: Ends, head: tuple[int, int, int], reason: str) -> None:  # M5
     ends.destination._socket.sendall(HEAD.pack(*head) + bytes(_BODY))
     with pytest.raises(ProtocolError, match=f"the stream is corrupt: .*{reason}"):
+        _received(UrgentChannel(ends.source, Role.SOURCE))
+
+
+@pytest.mark.parametrize("head", [(Request.TYPE, 1, _BODY), (Request.TYPE, 0, 9999), (PassEnd.TYPE, 0, 2)])
+def test_wrong_head_is_refused_before_the_rest_comes(ends: Ends, head: tuple[int, int, int]) -> None:  # M5
+    ends.destination._socket.sendall(HEAD.pack(*head))
+    with pytest.raises(ProtocolError):
         _received(UrgentChannel(ends.source, Role.SOURCE))
 
 

@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Final
 
+import numpy as np
+
 from dirtylog.errors import HostError, ProtocolError
 from dirtylog.linux.mapping import BufferMapping
 from dirtylog.linux.missing import MissingFaults
@@ -118,7 +120,7 @@ class AbsentRAM:
         self._lock = threading.Lock()
         self._arrived = threading.Condition(self._lock)
         self._wanted: list[tuple[int, int]] = []
-        self._unanswered = 0
+        self._requested: set[tuple[int, int]] = set()
         self._left = 0
         self._closing = threading.Lock()
         self._closed = False
@@ -180,16 +182,16 @@ class AbsentRAM:
 
     def ask(self, request: Callable[[int, int], None]) -> None:
         """Have the source asked for what else is wanted, now that there may be room for it: see `serve`."""
-        while self._wanted and self._unanswered < _MOST_UNANSWERED:
+        while self._wanted and len(self._requested) < _MOST_UNANSWERED:
             with self._lock:
                 block, page = self._wanted.pop(0)
-                self._unanswered += 1
+                self._requested.add((block, page))
             request(block, page)
 
     def ask_again(self) -> None:
         """Ask for what was asked for and is not here yet: there is a new connection, on which nothing is on its way."""
         with self._lock:
-            self._wanted, self._unanswered = [], 0
+            self._wanted, self._requested = [], set()
             for each in self._blocks:
                 each.asked = {page for page in each.asked if each.owed.test(page)}
                 each.early.clear()
@@ -219,16 +221,22 @@ class AbsentRAM:
         each = self._blocks[message.block]
         with self._lock:
             each.check(message.runs)
-        for runs in _in_pieces(message.runs, buffer.size // PAGE_SIZE):
-            channel.receive_into([buffer.memory[: sum(count for _, count in runs) * PAGE_SIZE]])
-            contents = buffer.address
-            for first, count in runs:
-                self._place(each.address + first * PAGE_SIZE, contents, count * PAGE_SIZE, serve)
-                contents += count * PAGE_SIZE
-        for page in self._settle(each, message.runs):  # what the urgent channel has brought was counted there
-            self._blocktime.end(each.index, page)
+        placed: list[tuple[int, int]] = []
+        try:
+            for runs in _in_pieces(message.runs, buffer.size // PAGE_SIZE):
+                channel.receive_into([buffer.memory[: sum(count for _, count in runs) * PAGE_SIZE]])
+                contents = buffer.address
+                for first, count in runs:
+                    self._place(each.address + first * PAGE_SIZE, contents, count * PAGE_SIZE, serve)
+                    placed.append((first, count))
+                    contents += count * PAGE_SIZE
+        finally:  # the connection may be lost in the middle
+            if placed:
+                for page in self._settle(each, np.array(placed)):
+                    self._blocktime.end(each.index, page)
 
     def _settle(self, each: _AbsentBlock, runs: Runs) -> list[int]:
+        """Pages are in place; which of them were asked for. What the urgent channel had brought was counted there."""
         with self._lock:
             count, waited_for = each.settle(runs)
             self._count_down(count, someone_waits=bool(waited_for))
@@ -237,7 +245,7 @@ class AbsentRAM:
     def _place(self, address: int, contents: int, size: int, serve: Callable[[], None]) -> None:
         while size:
             serve()
-            most = _AT_ONCE_WAITING if self._unanswered else _AT_ONCE
+            most = _AT_ONCE_WAITING if self._requested else _AT_ONCE
             done = self._faults.copy(address, contents, min(size, most))
             if done < min(size, most):  # a page that is there already came on the urgent channel
                 done += PAGE_SIZE
@@ -254,7 +262,7 @@ class AbsentRAM:
         Raises:
             ProtocolError: it was not asked for.
         """
-        if block >= len(self._blocks) or page not in self._blocks[block].asked:
+        if (block, page) not in self._requested:
             raise ProtocolError(f"the source sent page {page} of block {block}, which it was not asked for")
         each = self._blocks[block]
         address = each.address + page * PAGE_SIZE
@@ -262,7 +270,7 @@ class AbsentRAM:
             self._faults.copy(address, contents, PAGE_SIZE)
         with self._lock:
             each.asked.discard(page)
-            self._unanswered -= 1
+            self._requested.discard((block, page))
             if each.owed.test(page):
                 each.owed.clear_one(page)
                 each.early.set(page, 1)

@@ -19,6 +19,7 @@ from dirtylog.units import KIB, PAGE_SIZE
 _BUFFER_SIZE: Final = 16 * KIB
 """Three pages with their frames; more than one only come together when several vCPUs wait."""
 _BODY: Final = PAGE_FRAME.size - HEAD.size
+_REST_OF_HEAD: Final = (0, _BODY)
 _EXPECTED: Final[dict[Role, dict[int, int]]] = {
     Role.SOURCE: {Request.TYPE: 0},
     Role.DESTINATION: {Page.TYPE: PAGE_SIZE, ZeroPage.TYPE: 0},
@@ -63,7 +64,7 @@ class UrgentChannel:
             while self._filled - done >= PAGE_FRAME.size:
                 number, reserved, length, block, page = PAGE_FRAME.unpack_from(self._memory, done)
                 payload = self._expected.get(number)
-                if payload is None or reserved or length != _BODY:
+                if payload is None or (reserved, length) != _REST_OF_HEAD:
                     raise self._unexpected(done)
                 end = done + PAGE_FRAME.size + payload
                 if end > self._filled:
@@ -78,8 +79,10 @@ class UrgentChannel:
         rest = self._filled - done
         if rest and done:
             self._memory[:rest] = self._memory[done : self._filled]
-        if HEAD.size <= rest < PAGE_FRAME.size and HEAD.unpack_from(self._memory)[0] not in self._expected:
-            raise self._unexpected(0)
+        if HEAD.size <= rest < PAGE_FRAME.size:
+            number, *others = HEAD.unpack_from(self._memory)
+            if number not in self._expected or tuple(others) != _REST_OF_HEAD:
+                raise self._unexpected(0)
         self._filled = rest
 
     def _unexpected(self, start: int) -> ProtocolError:
