@@ -307,6 +307,7 @@ def test_destination_that_lacks_more_than_there_is_is_left_alone(  # M5
         pair.incoming.recover(lambda: listener)
         pair.outgoing.resume(listener.address)
         wait_until(lambda: pair.outgoing.status is Status.POSTCOPY_PAUSED, "it is left alone")
+        wait_until(lambda: pair.incoming.status is Status.POSTCOPY_PAUSED, "it waits for another")
         assert "lacks more pages than there are" in str(pair.outgoing.lost)
     _recover(pair, tmp_path)
     pair.check()
