@@ -10,7 +10,7 @@ _NO_FILE: Final = (-1, 0)
 _LOOK_FOR: Final = 200e-6
 """Seconds after something came. A vCPU that got its page mostly asks for the next within that."""
 _SHARE: Final = 0.25
-"""Of the time. With half of it, source, destination and guest on two CPUs took a quarter longer for all else."""
+"""Of the time. With 0.5, source, destination and guest on two CPUs took a quarter longer for all else."""
 _MOST_CREDIT: Final = 0.01
 """Seconds of it that may be saved up."""
 
